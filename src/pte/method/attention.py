@@ -1,0 +1,174 @@
+"""Attention over prompt, kept window and the tokens themselves, for one token or for a stretch of many.
+
+Decides: who attends to whom, given the positions in the cache. `DecodeAttention` writes each new token into its
+slot and attends over the slots; `StretchAttention` computes many tokens at once over [slots | themselves, causal]
+and collects their keys and values, leaving the cache alone. Both call `grouped_attention`, the one place where a
+kernel is chosen. Does not know: models, rotary embeddings (keys come rotated), states.
+
+Paper: pi^D(y_t | C_t^D), the cache-constrained policy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from pte.method.cache import BoundedCache
+
+
+def grouped_attention(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    *,
+    mask: Float[Tensor, "batch 1 tokens keys"],
+    scaling: float,
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    """softmax(scaling q k^T + mask) v, each key head shared by heads / kv_heads query heads and never repeated.
+
+    Equals: repeat keys and values over the group, scores, softmax, weighted sum.
+
+    Args:
+        mask: Added to the scores: 0 where True, -inf where not.
+        scaling: Factor on the scores.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    packed = query.reshape(batch, kv_heads, group * tokens, head_dim)
+    packed_mask = mask if group == 1 or tokens == 1 else mask.repeat(1, 1, group, 1)
+    attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scaling)
+    return attended.reshape(batch, heads, tokens, head_dim).transpose(1, 2)
+
+
+def additive(allowed: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+    """0 where allowed, -inf elsewhere."""
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, float("-inf"))
+
+
+class DecodeAttention:
+    """One new token per sequence: its keys and values go into its slot, then it attends over all filled slots.
+
+    Args:
+        cache: Written in place.
+        slots: Slot of each sequence's new token; its position is stored already.
+        attended_slots: Slots looked at; every slot beyond is empty in every sequence.
+        dtype: Of keys and values.
+    """
+
+    def __init__(
+        self, cache: BoundedCache, slots: Int[Tensor, " batch"], *, attended_slots: int, dtype: torch.dtype
+    ) -> None:
+        self.cache = cache
+        self.rows = torch.arange(cache.batch, device=slots.device)
+        self.slots = slots
+        self.attended_slots = attended_slots
+        self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch heads 1 head_dim"],
+        *,
+        key: Float[Tensor, "batch kv_heads 1 head_dim"],
+        value: Float[Tensor, "batch kv_heads 1 head_dim"],
+        scaling: float,
+    ) -> Float[Tensor, "batch 1 heads head_dim"]:
+        """Attention output of the new tokens in one layer."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.slots] = key[:, :, 0]
+        values[self.rows, :, self.slots] = value[:, :, 0]
+        return grouped_attention(
+            query,
+            keys[:, :, : self.attended_slots],
+            values[:, :, : self.attended_slots],
+            mask=self.mask,
+            scaling=scaling,
+        )
+
+
+class StretchAttention:
+    """A stretch of tokens at once, given as (batch x segments) rows so that each row has one state.
+
+    Args:
+        keys: Post-rotary keys in the cache slots, or None when nothing is cached.
+        values: Values in the same slots.
+        mask: For every token of the stretch, over [slots | tokens of the stretch]: 0 or -inf.
+        segments: Segments per sequence; row b * segments + s is segment s of sequence b.
+
+    `new_keys` and `new_values` hold, per layer, what the stretch adds.
+    """
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "layers batch kv_heads slots head_dim"] | None,
+        values: Float[Tensor, "layers batch kv_heads slots head_dim"] | None,
+        *,
+        mask: Float[Tensor, "batch 1 tokens keys"],
+        segments: int,
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.mask = mask
+        self.segments = segments
+        self.new_keys: dict[int, Tensor] = {}
+        self.new_values: dict[int, Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "rows heads segment_tokens head_dim"],
+        *,
+        key: Float[Tensor, "rows kv_heads segment_tokens head_dim"],
+        value: Float[Tensor, "rows kv_heads segment_tokens head_dim"],
+        scaling: float,
+    ) -> Float[Tensor, "rows segment_tokens heads head_dim"]:
+        """Attention output of the stretch's tokens in one layer."""
+        rows, heads, segment_tokens, head_dim = query.shape
+        query, key, value = (self.join_segments(x) for x in (query, key, value))
+        self.new_keys[layer], self.new_values[layer] = key, value
+        if self.keys is not None and self.values is not None:
+            key = torch.cat((self.keys[layer], key), dim=2)
+            value = torch.cat((self.values[layer], value), dim=2)
+        attended = grouped_attention(query, key, value, mask=self.mask, scaling=scaling)
+        return attended.reshape(rows, segment_tokens, heads, head_dim)
+
+    def join_segments(
+        self, x: Float[Tensor, "rows heads segment_tokens head_dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Puts the segments of a sequence behind each other along the tokens."""
+        if self.segments == 1:
+            return x
+        rows, heads, tokens, head_dim = x.shape
+        split = x.reshape(rows // self.segments, self.segments, heads, tokens, head_dim)
+        return split.transpose(1, 2).reshape(rows // self.segments, heads, self.segments * tokens, head_dim)
+
+
+def stretch_mask(
+    kept: Bool[Tensor, "batch segments slots"],
+    real: Bool[Tensor, "batch tokens"],
+    *,
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch 1 tokens keys"]:
+    """Who attends to whom in a stretch.
+
+    Args:
+        kept: Slots that each segment still holds.
+        real: Tokens of the stretch that are not padding; padding is attended by itself alone, so that no row of
+            scores is empty, and by nobody else.
+        dtype: Of the scores.
+    """
+    batch, segments, _ = kept.shape
+    tokens = real.shape[1]
+    over_slots = kept.repeat_interleave(tokens // segments, dim=1)
+    index = torch.arange(tokens, device=real.device)
+    causal = (index[:, None] >= index) & real[:, None, :]
+    over_tokens = causal | torch.eye(tokens, dtype=torch.bool, device=real.device)
+    return additive(torch.cat((over_slots, over_tokens.expand(batch, -1, -1)), dim=2), dtype)[:, None]

@@ -1,0 +1,4 @@
+"""Which reasoning tokens leave the cache: one policy = one file = one class.
+
+May import: torch and `pte.method.schedule`. Start with `policy.py`, the protocol; `window.py` is the paper's policy.
+"""

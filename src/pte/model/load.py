@@ -1,0 +1,126 @@
+"""Loading a Transformers causal LM and its tokenizer, and saying what is not supported before any work.
+
+Decides: which architectures run under the bounded cache (`SUPPORTED`), with dtype and device explicit, the base
+frozen and in evaluation mode. Remote code runs only when the caller asks for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SUPPORTED = ("qwen2", "qwen3", "llama", "mistral")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuses, by name, a model that the bounded cache cannot run exactly.
+
+    Raises:
+        ValueError: An encoder-decoder, an unknown architecture, sliding-window or linear-attention layers, or rotary
+            embeddings whose angles depend on the sequence length.
+    """
+    name = config.model_type
+    remedy = f"use a model of type {', '.join(SUPPORTED)}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model type {name!r} is an encoder-decoder, and only decoders are supported; {remedy}")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if "linear_attention" in layer_types:
+        raise ValueError(f"model type {name!r} has linear-attention layers, which have no keys to evict; {remedy}")
+    if name not in SUPPORTED:
+        raise ValueError(f"model type {name!r} is not supported: no test shows that its cache is exact; {remedy}")
+    if layer_types - {"full_attention"} or (name == "mistral" and config.sliding_window is not None):
+        raise ValueError(
+            f"model type {name!r} with sliding-window layers (sliding_window={config.sliding_window}) is not supported: "
+            f"its own window would evict beside ours; {remedy} without sliding_window"
+        )
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"rotary embedding of type {rope_type!r} is not supported: its angles depend on the sequence length, so "
+            f"stored keys would not fit later queries; use one of {', '.join(ROPE_TYPES)}"
+        )
+
+
+def check_positions(
+    config: PreTrainedConfig, *, prompt_tokens: int, completion_tokens: int, allow_beyond_trained_positions: bool
+) -> None:
+    """Refuses sequences longer than the positions that the base was trained on.
+
+    Raises:
+        ValueError: Prompt plus completion is longer, and the caller has not allowed it by name.
+    """
+    trained = config.max_position_embeddings
+    if prompt_tokens + completion_tokens > trained and not allow_beyond_trained_positions:
+        raise ValueError(
+            f"prompt plus completion must stay within the model's {trained} trained positions, got {prompt_tokens} + "
+            f"{completion_tokens} tokens; lower max_new_tokens to {max(trained - prompt_tokens, 0)} or set "
+            f"allow_beyond_trained_positions"
+        )
+
+
+def load_base(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A frozen causal LM in evaluation mode.
+
+    Args:
+        path: Directory with a Transformers checkpoint, or a hub name.
+        dtype: Of the weights.
+        device: Where the weights lie.
+        trust_remote_code: Run code that the checkpoint brings along.
+
+    Raises:
+        ValueError: The model is not supported (`check_supported`).
+        OSError: No checkpoint there.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_supported(config)
+    base = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return freeze(base.to(device))
+
+
+def freeze(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model, checked, frozen and in evaluation mode."""
+    check_supported(base.config)
+    for linear in linear_maps(base):
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"the base's linear maps must be plain torch.nn.Linear, got {type(linear).__name__}; load the model "
+                f"without quantisation and without another adapter"
+            )
+    base.requires_grad_(False)
+    return base.eval()
+
+
+def linear_maps(base: PreTrainedModel) -> list[nn.Module]:
+    """Linear maps of the first layer, which stand for all layers."""
+    layer = base.get_decoder().layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        *(getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *(getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")),
+    ]
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ValueError: It has no end token, without which no rollout could stop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer must have an end token, got none in {str(path)!r}; set eos_token in tokenizer_config.json"
+        )
+    return tokenizer

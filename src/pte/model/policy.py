@@ -1,0 +1,144 @@
+"""The cache-constrained policy: a frozen base, an adapter on its linear maps, a budget, an eviction policy.
+
+Decides: how an adapter is put on a base and taken off again, and what defines pi^D: rollout and replay get the same
+`BoundedPolicy`, so there is one policy, walked twice. A schedule without a window is the full cache.
+
+Paper: pi^D_theta(y|p) = prod_t pi_theta(y_t | C_t^D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pte.method.adapter import LINEAR_MAPS, LayerSizes, ThoughtAdapter, ThoughtLinear
+from pte.method.cache import CacheShape
+from pte.method.eviction.policy import EvictionPolicy
+from pte.method.eviction.window import OldestFirst
+from pte.method.schedule import EvictionSchedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class BoundedPolicy:
+    """pi^D_theta: everything that a completion's distribution depends on, besides the prompt and the temperature.
+
+    Args:
+        base: Frozen causal LM, with `adapter` on its linear maps when there is one.
+        adapter: Trainable update, or None for the base alone.
+        schedule: Budget of reasoning tokens.
+        eviction: Which tokens leave.
+
+    Raises:
+        ValueError: The eviction policy cannot work with the budget.
+    """
+
+    base: PreTrainedModel
+    adapter: ThoughtAdapter | None
+    schedule: EvictionSchedule
+    eviction: EvictionPolicy = OldestFirst()
+
+    def __post_init__(self) -> None:
+        if self.schedule.window_tokens is not None and self.schedule.evict_tokens is not None:
+            self.eviction.check(self.schedule.window_tokens, self.schedule.evict_tokens)
+
+    def with_cache(self, schedule: EvictionSchedule, eviction: EvictionPolicy | None = None) -> BoundedPolicy:
+        """The same base and adapter under another budget."""
+        return replace(self, schedule=schedule, eviction=eviction or self.eviction)
+
+    def without_adapter(self) -> BoundedPolicy:
+        """The base alone under the same budget; the adapter stays on the base and is switched off while it runs."""
+        return replace(self, adapter=None)
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What one token costs in the cache."""
+        sizes = layer_sizes(self.base)
+        head_dim = self.base.get_decoder().layers[0].self_attn.head_dim
+        return CacheShape(layers=sizes.layers, kv_heads=sizes.kv_dim // head_dim, head_dim=head_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights, the keys and the values."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return self.base.device
+
+    @property
+    def segments_per_stretch(self) -> int:
+        """How many segments one parallel forward of the replay covers."""
+        if self.schedule.window_tokens is None or self.schedule.evict_tokens is None:
+            return 1
+        return self.eviction.segments_per_stretch(self.schedule.window_tokens, self.schedule.evict_tokens)
+
+
+def layer_sizes(base: PreTrainedModel) -> LayerSizes:
+    """Sizes of the base that an adapter is made for."""
+    layers = base.get_decoder().layers
+    maps = {name: linear_of(layers[0], name) for name in LINEAR_MAPS}
+    return LayerSizes(
+        layers=len(layers),
+        kv_dim=maps["k_proj"].out_features,
+        hidden_size=base.config.hidden_size,
+        maps={name: (linear.in_features, linear.out_features) for name, linear in maps.items()},
+    )
+
+
+def linear_of(layer: nn.Module, name: str) -> nn.Linear:
+    """The frozen map of a layer, whether or not it is adapted."""
+    module = getattr(home_of(layer, name), name)
+    return module.base if isinstance(module, ThoughtLinear) else module
+
+
+def home_of(layer: nn.Module, name: str) -> nn.Module:
+    """The block of a decoder layer that holds a linear map."""
+    return layer.self_attn if name in ATTENTION_MAPS else layer.mlp
+
+
+def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:
+    """Puts an adapter on a base's linear maps; the base computes as before until the adapter is bound.
+
+    Args:
+        base: Frozen causal LM.
+        adapter: Made for the sizes of this base.
+
+    Raises:
+        ValueError: The base already has an adapter, or the adapter was made for other sizes.
+    """
+    if adapter.sizes != layer_sizes(base):
+        raise ValueError(
+            f"the adapter must be made for the base's sizes, got {adapter.sizes} for {layer_sizes(base)}; "
+            f"make it with layer_sizes(base)"
+        )
+    for index, layer in enumerate(base.get_decoder().layers):
+        for name in LINEAR_MAPS:
+            if isinstance(getattr(home_of(layer, name), name), ThoughtLinear):
+                raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
+    for index, layer in enumerate(base.get_decoder().layers):
+        for name in adapter.targets:
+            adapted = ThoughtLinear(
+                linear_of(layer, name),
+                adapter.layers[index][name],
+                layer=index,
+                scale=adapter.scale,
+                binding=adapter.binding,
+            )
+            setattr(home_of(layer, name), name, adapted)
+    adapter.to(base.device)
+
+
+def detach_adapter(base: PreTrainedModel) -> None:
+    """Puts the base's own linear maps back: the model is what it was, bit for bit."""
+    for layer in base.get_decoder().layers:
+        for name in LINEAR_MAPS:
+            setattr(home_of(layer, name), name, linear_of(layer, name))

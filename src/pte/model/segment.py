@@ -1,0 +1,161 @@
+"""One forward for all uses: tokens through the base's layers, with our attention and the states as arguments.
+
+Decides: how a decoder layer is called (our attention function, no cache and no mask of the library's), how states
+are bound while it runs, and where keys and values of the global tokens and angles of positions come from.
+The library's own cache and mask code goes wrong silently after an eviction, so none of it is used.
+
+Paper: C_t^D enters through `attention`, S_e through `states`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from pte.method.cache import EvictedTokens
+from pte.method.rotary import unrotate
+from pte.model.policy import BoundedPolicy, linear_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+ATTENTION_NAME = "pte_bounded"
+
+
+class LayerAttention(Protocol):
+    """What computes attention in a forward: `DecodeAttention` or `StretchAttention`."""
+
+    def attend(
+        self, layer: int, query: Tensor, *, key: Tensor, value: Tensor, scaling: float
+    ) -> Float[Tensor, "rows tokens heads head_dim"]:
+        """Attention output of one layer."""
+        ...
+
+
+def bounded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    layer_attention: LayerAttention,
+    **_library_arguments: object,
+) -> tuple[Tensor, None]:
+    """The attention function that Transformers calls in every layer; it hands over to `layer_attention`."""
+    return layer_attention.attend(module.layer_idx, query, key=key, value=value, scaling=scaling), None
+
+
+def run_layers(
+    policy: BoundedPolicy,
+    token_ids: Int[Tensor, "rows tokens"],
+    *,
+    positions: Int[Tensor, "rows tokens"],
+    attention: LayerAttention,
+    states: Float[Tensor, "layers rows rank rank"] | None,
+) -> Float[Tensor, "rows tokens hidden"]:
+    """Final hidden states (after the last norm) of the given tokens.
+
+    Args:
+        policy: Base and adapter.
+        token_ids: Input tokens; a row is one sequence, or one segment of it.
+        positions: Absolute positions.
+        attention: Writes and reads keys and values.
+        states: What the adapters read, for every row; None for S = I or without adapter.
+    """
+    decoder = policy.base.get_decoder()
+    config = decoder.config
+    AttentionInterface.register(ATTENTION_NAME, bounded_attention)
+    implementation = config._attn_implementation
+    config._attn_implementation = ATTENTION_NAME
+    adapter = policy.adapter
+    transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
+    try:
+        with nullcontext() if adapter is None else adapter.binding.bound(transposed, enabled=True):
+            hidden = decoder.embed_tokens(token_ids)
+            angles = decoder.rotary_emb(hidden, positions)
+            for layer in decoder.layers:
+                hidden = layer(
+                    hidden,
+                    attention_mask=None,
+                    position_ids=positions,
+                    position_embeddings=angles,
+                    layer_attention=attention,
+                )
+            return decoder.norm(hidden)
+    finally:
+        config._attn_implementation = implementation
+
+
+def read_state(
+    policy: BoundedPolicy, state: Float[Tensor, "layers batch rank rank"] | None
+) -> Float[Tensor, "layers batch rank rank"] | None:
+    """What the adapters multiply with, from the running state."""
+    if state is None or policy.adapter is None or policy.adapter.encoder is None:
+        return None
+    return policy.adapter.encoder.read(state)
+
+
+def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | None:
+    """The state before any eviction, or None for plain LoRA and for the base alone.
+
+    The keys and values of the global tokens are the base's own projections of them, before any rotation.
+
+    Paper: S_e = (W_Q^a q_g)(W_K^a k_g)^T (W_V^a v_g).
+    """
+    adapter = policy.adapter
+    if adapter is None or adapter.encoder is None:
+        return None
+    tokens = adapter.encoder.global_tokens.to(policy.dtype)
+    keys, values = [], []
+    for layer in policy.base.get_decoder().layers:
+        key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
+        key = functional.linear(tokens, key_map.weight, key_map.bias)
+        if hasattr(layer.self_attn, "k_norm"):
+            heads = key.unflatten(-1, (-1, layer.self_attn.head_dim))
+            key = layer.self_attn.k_norm(heads).flatten(-2)
+        keys.append(key)
+        values.append(functional.linear(tokens, value_map.weight, value_map.bias))
+    return adapter.encoder.first_state(torch.stack(keys), torch.stack(values))
+
+
+def fold(
+    policy: BoundedPolicy,
+    state: Float[Tensor, "layers batch rank rank"],
+    evicted: EvictedTokens,
+) -> Float[Tensor, "layers batch rank rank"]:
+    """The running state after an eviction.
+
+    Paper: S_e <- Normalize(S_e + S_e').
+    """
+    adapter = policy.adapter
+    assert adapter is not None and adapter.encoder is not None
+    update = adapter.encoder.encode(folded_keys(policy, evicted), evicted.values)
+    return adapter.encoder.accumulate(state, update)
+
+
+def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, "layers batch evicted kv_dim"]:
+    """Keys of evicted tokens in the space that the adapter folds."""
+    adapter = policy.adapter
+    assert adapter is not None
+    if adapter.key_space == "post_rotary":
+        return evicted.keys
+    rotary = policy.base.get_decoder().rotary_emb
+    keys = evicted.keys.to(torch.float32) if evicted.keys.dtype.itemsize < 4 else evicted.keys
+    cos, sin = rotary(keys, evicted.positions)
+    heads = keys.unflatten(-1, (-1, policy.cache_shape.head_dim))
+    before = unrotate(heads, cos, sin=sin, attention_scaling=rotary.attention_scaling)
+    return before.flatten(-2)
+
+
+def named_trainable(policy: BoundedPolicy) -> Mapping[str, nn.Parameter]:
+    """The adapter's parameters by name; empty for the base alone."""
+    return {} if policy.adapter is None else dict(policy.adapter.named_parameters())

@@ -1,0 +1,188 @@
+"""The spine: what one sampled completion is, and how a batch of them is laid out for the replay.
+
+Decides: the fields that make a completion's log-probs reproducible. Does not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """A prompt to complete.
+
+    Args:
+        prompt_ids: Token ids, at least one.
+        stream_seed: Seed of the sequence's own random stream.
+    """
+
+    prompt_ids: tuple[int, ...]
+    stream_seed: int
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("a prompt must have at least 1 token, got none; check the problem and its template")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion and the log-probs under which it was sampled.
+
+    Args:
+        prompt_ids: Token ids of the prompt, no padding.
+        completion_ids: Token ids of the completion, the stop token included.
+        rollout_logprobs: Log-prob of each completion token when it was drawn, on the CPU.
+        finish_reason: `stop` after a stop token, `length` when cut off.
+        stream_seed: Seed of the sequence's stream.
+        temperature: Of the distribution that drew it.
+        evictions: Evictions that happened.
+        state_norm: Frobenius norm of the running state at the end, mean over layers; 0 without a state.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    rollout_logprobs: Float[Tensor, " completion"]
+    finish_reason: FinishReason
+    stream_seed: int
+    temperature: float
+    evictions: int
+    state_norm: float
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """Completions side by side, right-padded.
+
+    Args:
+        prompt_ids: Padded with 0.
+        prompt_lengths: Real tokens of each prompt.
+        completion_ids: Padded with 0.
+        completion_lengths: Real tokens of each completion.
+        stream_seeds: For policies that evict at random.
+        temperature: Of the distribution that scores.
+    """
+
+    prompt_ids: Int[Tensor, "batch prompt"]
+    prompt_lengths: Int[Tensor, " batch"]
+    completion_ids: Int[Tensor, "batch completion"]
+    completion_lengths: Int[Tensor, " batch"]
+    stream_seeds: Int[Tensor, " batch"]
+    temperature: float
+
+    @property
+    def completion_mask(self) -> Bool[Tensor, "batch completion"]:
+        """True on real completion tokens."""
+        index = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
+        return index < self.completion_lengths[:, None]
+
+    def take(self, rows: Int[Tensor, " rows"]) -> ReplayBatch:
+        """The given sequences, in that order."""
+        return ReplayBatch(
+            prompt_ids=self.prompt_ids[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            completion_ids=self.completion_ids[rows],
+            completion_lengths=self.completion_lengths[rows],
+            stream_seeds=self.stream_seeds[rows],
+            temperature=self.temperature,
+        )
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    stream_seeds: Sequence[int],
+    temperature: float,
+    device: torch.device | str = "cpu",
+) -> ReplayBatch:
+    """Prompts and completions as one padded batch.
+
+    Raises:
+        ValueError: A prompt or a completion is empty, or the numbers of sequences differ.
+    """
+    if not len(prompts) == len(completions) == len(stream_seeds):
+        raise ValueError(
+            f"prompts, completions and stream_seeds must be as many, got {len(prompts)}, {len(completions)} and "
+            f"{len(stream_seeds)}; give one of each per sequence"
+        )
+    for name, sequences in (("prompt", prompts), ("completion", completions)):
+        for index, sequence in enumerate(sequences):
+            if not sequence:
+                raise ValueError(f"every {name} must have at least 1 token, {name} {index} has none; leave it out")
+
+    def lengths(sequences: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([len(sequence) for sequence in sequences], device=device)
+
+    return ReplayBatch(
+        prompt_ids=right_pad(prompts).to(device),
+        prompt_lengths=lengths(prompts),
+        completion_ids=right_pad(completions).to(device),
+        completion_lengths=lengths(completions),
+        stream_seeds=torch.tensor(stream_seeds, device=device),
+        temperature=temperature,
+    )
+
+
+def collate_rollouts(rollouts: Sequence[Rollout], *, device: torch.device | str = "cpu") -> ReplayBatch:
+    """Rollouts as one padded batch.
+
+    Raises:
+        ValueError: They were drawn at different temperatures.
+    """
+    temperatures = {rollout.temperature for rollout in rollouts}
+    if len(temperatures) != 1:
+        raise ValueError(f"rollouts of one batch must share a temperature, got {sorted(temperatures)}; split the batch")
+    return collate(
+        [rollout.prompt_ids for rollout in rollouts],
+        [rollout.completion_ids for rollout in rollouts],
+        stream_seeds=[rollout.stream_seed for rollout in rollouts],
+        temperature=temperatures.pop(),
+        device=device,
+    )
+
+
+def right_pad(sequences: Sequence[Sequence[int]]) -> Int[Tensor, "batch tokens"]:
+    """Token ids padded with 0 to the longest."""
+    padded = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = torch.tensor(sequence)
+    return padded
+
+
+@dataclass(frozen=True)
+class LogprobGap:
+    """How far the replay is from the rollout (law 1).
+
+    Args:
+        max: Largest absolute difference of a token's log-probs, nats.
+        mean: Mean absolute difference, nats.
+        kl: Mean of exp(d) - d - 1 with d = policy - rollout, an estimate of KL(rollout || policy) per token, nats.
+    """
+
+    max: float
+    mean: float
+    kl: float
+
+
+def logprob_gap(
+    policy_logprobs: Float[Tensor, "batch completion"],
+    rollout_logprobs: Float[Tensor, "batch completion"],
+    *,
+    completion_mask: Bool[Tensor, "batch completion"],
+) -> LogprobGap:
+    """Gap between replayed and recorded log-probs over the real tokens."""
+    gap = (policy_logprobs.detach() - rollout_logprobs)[completion_mask].double()
+    return LogprobGap(
+        max=gap.abs().max().item(), mean=gap.abs().mean().item(), kl=(gap.exp() - gap - 1).mean().item()
+    )

@@ -1,0 +1,201 @@
+"""The slow, independent reference: one sequence, one token at a time, every equation spelt out.
+
+It shares nothing with the library but the parameters: its own rotary embedding, RMS norm, attention over a Python
+dict of kept tokens, DeltaW = A S B built as a matrix, states as a list. Gradients follow the named modes by
+detaching: `chain` detaches keys and values at the start of every stretch, `horizon` also cuts the chain of states.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def rms_norm(x, weight, eps):
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def angles(config, position, dtype):
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    theta = config.rope_parameters["rope_theta"]
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = (torch.tensor(float(position)) * frequencies).to(torch.float32)
+    return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
+
+
+def rotate(x, config, position):
+    """(heads, head_dim) rotated: pairs (i, i + head_dim / 2)."""
+    cos, sin = angles(config, position, x.dtype)
+    half = x.shape[-1] // 2
+    first, second = x[:, :half], x[:, half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def unit(state, rank):
+    """Frobenius norm sqrt(rank)."""
+    norm = torch.sqrt((state * state).sum())
+    return state if norm == 0 else state * (rank**0.5 / norm)
+
+
+class Reference:
+    """Teacher-forced log-probs of a completion under the bounded policy."""
+
+    def __init__(self, policy, *, gradient_mode="exact", horizon=None, temperature=1.0, stream_seed=0):
+        self.policy, self.base, self.adapter = policy, policy.base, policy.adapter
+        self.config = policy.base.config
+        self.mode, self.horizon, self.temperature, self.stream_seed = gradient_mode, horizon, temperature, stream_seed
+        self.layers = policy.base.get_decoder().layers
+
+    def weight(self, layer, name):
+        block = layer.self_attn if name in LINEARS[:4] else layer.mlp
+        linear = getattr(block, name)
+        return getattr(linear, "base", linear)
+
+    def apply(self, index, name, x, read):
+        """(W + scale A S B) x + b, with the matrix built."""
+        linear = self.weight(self.layers[index], name)
+        matrix = linear.weight
+        if self.adapter is not None and name in self.adapter.targets:
+            pair = self.adapter.layers[index][name]
+            state = torch.eye(self.adapter.rank, dtype=x.dtype) if read is None else read
+            matrix = matrix + self.adapter.scale * pair.up.to(x.dtype) @ state @ pair.down.to(x.dtype)
+        out = matrix @ x
+        return out if linear.bias is None else out + linear.bias
+
+    def keys_of(self, index, raw):
+        """Per head, with the key norm of Qwen3 where the layer has one; before the rotation."""
+        attention = self.layers[index].self_attn
+        heads = raw.view(-1, attention.head_dim)
+        if hasattr(attention, "k_norm"):
+            heads = rms_norm(heads, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+        return heads
+
+    def encode(self, index, tokens):
+        """S' as a sum of outer products over tokens (key, value)."""
+        encoder = self.adapter.encoder
+        queries = encoder.query_map[index] @ encoder.query[index].T  # (rank, queries)
+        total = torch.zeros(self.adapter.rank, self.adapter.rank, dtype=queries.dtype)
+        for key, value in tokens:
+            mapped_key = encoder.key_map[index] @ key.to(queries.dtype)
+            mapped_value = encoder.value_map[index] @ value.to(queries.dtype)
+            total = total + torch.outer(queries.T @ mapped_key, mapped_value)
+        return total
+
+    def accumulate(self, state, update):
+        total = state + update
+        return unit(total, self.adapter.rank) if self.adapter.update_rule == "paper" else total
+
+    def read(self, state):
+        if state is None:
+            return None
+        return unit(state, self.adapter.rank) if self.adapter.update_rule == "read" else state
+
+    def first_state(self, index):
+        if self.adapter is None or self.adapter.encoder is None:
+            return None
+        tokens = []
+        for token in self.adapter.encoder.global_tokens.to(self.base.dtype):
+            key_map, value_map = self.weight(self.layers[index], "k_proj"), self.weight(self.layers[index], "v_proj")
+            key = key_map.weight @ token + (0 if key_map.bias is None else key_map.bias)
+            value = value_map.weight @ token + (0 if value_map.bias is None else value_map.bias)
+            tokens.append((self.keys_of(index, key).reshape(-1), value))
+        update = self.encode(index, tokens)
+        return self.accumulate(torch.zeros_like(update), update)
+
+    def logprobs(self, prompt, completion, *, dtype=torch.float64):
+        """Log-prob of every completion token, a differentiable vector."""
+        schedule = self.policy.schedule
+        count = len(self.layers)
+        prompt_cache = [[] for _ in range(count)]  # (key, value)
+        window = [{} for _ in range(count)]  # reasoning index -> (rotated key, key before rotation, value)
+        chain = [[self.first_state(index)] for index in range(count)]  # states after 0, 1, ... evictions
+        blocks = [[] for _ in range(count)]
+        results = []
+        stretch_starts = self.stretch_starts(len(completion) - 1)
+        evictions = 0
+        for step in range(len(prompt) + len(completion) - 1):
+            token_index = step - len(prompt)
+            token = prompt[step] if token_index < 0 else completion[token_index]
+            if token_index > 0 and token_index in stretch_starts and self.mode != "exact":
+                for index in range(count):
+                    prompt_cache[index] = [(k.detach(), v.detach()) for k, v in prompt_cache[index]]
+                    window[index] = {n: tuple(x.detach() for x in kept) for n, kept in window[index].items()}
+            if token_index >= 0 and schedule.evicts_at(token_index):
+                self.evict(window, chain, blocks, evictions)
+                evictions += 1
+            hidden = self.base.get_decoder().embed_tokens.weight[token].to(dtype)
+            for index in range(count):
+                read = self.read(self.state_for_reading(chain[index], blocks[index], index))
+                hidden = self.layer(index, hidden, step, token_index, read, prompt_cache[index], window[index])
+            norm = self.base.get_decoder().norm
+            final = rms_norm(hidden, norm.weight, norm.variance_epsilon)
+            if token_index >= -1:
+                logits = self.base.get_output_embeddings().weight @ final / self.temperature
+                results.append(torch.log_softmax(logits, -1)[completion[token_index + 1]])
+        return torch.stack(results)
+
+    def stretch_starts(self, entered):
+        schedule = self.policy.schedule
+        if schedule.is_full:
+            return set()
+        width = self.policy.segments_per_stretch * schedule.evict_tokens
+        return set(range(schedule.window_tokens, entered, width))
+
+    def state_for_reading(self, chain, blocks, index):
+        """The newest state; in `horizon` mode rebuilt so that gradients reach the last evictions only."""
+        if self.mode != "horizon" or chain[0] is None or not blocks:
+            return chain[-1]
+        reach = min(self.horizon, len(blocks))
+        start = chain[len(blocks) - reach]
+        state = start if reach == len(blocks) else start.detach()
+        for block in blocks[len(blocks) - reach :]:
+            state = self.accumulate(state, self.encode(index, block))
+        return state
+
+    def evict(self, window, chain, blocks, evictions):
+        schedule, policy = self.policy.schedule, self.policy.eviction
+        kept = sorted(window[0])
+        slots = policy.evicted_slots(
+            torch.tensor([kept]),
+            evict_tokens=schedule.evict_tokens,
+            eviction_index=torch.tensor([evictions]),
+            stream_seeds=torch.tensor([self.stream_seed]),
+        )[0].tolist()
+        leaving = [kept[slot] for slot in slots]
+        for index in range(len(self.layers)):
+            block = []
+            for n in leaving:
+                rotated, before, value = window[index].pop(n)
+                key = rotated if self.adapter is None or self.adapter.key_space == "post_rotary" else before
+                block.append((key, value))
+            if self.adapter is not None and self.adapter.kind == "thought":
+                blocks[index].append(block)
+                chain[index].append(self.accumulate(chain[index][-1], self.encode(index, block)))
+
+    def layer(self, index, hidden, position, token_index, read, prompt_cache, window):
+        layer, attention = self.layers[index], self.layers[index].self_attn
+        x = rms_norm(hidden, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon)
+        query = self.apply(index, "q_proj", x, read).view(-1, attention.head_dim)
+        if hasattr(attention, "q_norm"):
+            query = rms_norm(query, attention.q_norm.weight, attention.q_norm.variance_epsilon)
+        before = self.keys_of(index, self.apply(index, "k_proj", x, read))
+        value = self.apply(index, "v_proj", x, read)
+        query, rotated = rotate(query, self.config, position), rotate(before, self.config, position)
+        if token_index < 0:
+            prompt_cache.append((rotated.reshape(-1), value))
+        else:
+            window[token_index] = (rotated.reshape(-1), before.reshape(-1), value)
+        seen = prompt_cache + [(kept[0], kept[2]) for kept in window.values()]
+        keys = torch.stack([k for k, _ in seen]).view(len(seen), -1, attention.head_dim)
+        values = torch.stack([v for _, v in seen]).view(len(seen), -1, attention.head_dim)
+        group = query.shape[0] // keys.shape[1]
+        heads = []
+        for head in range(query.shape[0]):
+            scores = keys[:, head // group] @ query[head] / attention.head_dim**0.5
+            heads.append(torch.softmax(scores, 0) @ values[:, head // group])
+        hidden = hidden + self.apply(index, "o_proj", torch.cat(heads), read)
+        norm = layer.post_attention_layernorm
+        x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
+        gate, up = self.apply(index, "gate_proj", x, read), self.apply(index, "up_proj", x, read)
+        return hidden + self.apply(index, "down_proj", torch.nn.functional.silu(gate) * up, read)
