@@ -30,26 +30,77 @@ AdapterKind = Literal["thought", "lora", "global_only"]
 LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class StateBinding:
-    """What the adapted maps of one model multiply with while one forward runs.
+# Linear maps that read the same input share one product with B.
+INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
-    `enabled` is False while the base alone is to be computed. `transposed` holds S^T per layer and row, or None for
-    S = I. Both change only inside `bound`.
+
+@dataclass(frozen=True)
+class GroupWeights:
+    """A and B of the adapted maps of a layer that share an input, ready to multiply.
+
+    Args:
+        down: Their B, stacked along the rank.
+        ups: Their scale * A, transposed, in the same order.
     """
 
+    down: Float[Tensor, "group_rank in_features"]
+    ups: tuple[Float[Tensor, "rank out_features"], ...]
+
+
+AdapterWeights = tuple[tuple[GroupWeights | None, ...], ...]
+
+
+class BoundAdapter:
+    """What the adapted maps of one model multiply with while one forward runs.
+
+    Args:
+        weights: By layer and input group.
+        transposed: S^T per layer and row, or None for S = I.
+    """
+
+    def __init__(
+        self, weights: AdapterWeights, transposed: tuple[Float[Tensor, "rows rank rank"], ...] | None
+    ) -> None:
+        self.weights = weights
+        self.transposed = transposed
+        self.input: Tensor | None = None
+        self.group = -1
+        self.lows: tuple[Tensor, ...] = ()
+
+    def low(
+        self, x: Float[Tensor, "rows tokens in_features"], *, layer: int, group: int, member: int
+    ) -> tuple[Float[Tensor, "rows_tokens rank"], Float[Tensor, "rank out_features"]]:
+        """S (B x) of one map, computed once for all maps of its group, and the map's scale * A."""
+        weights = self.weights[layer][group]
+        assert weights is not None
+        if self.input is not x or self.group != group:
+            self.input, self.group = x, group
+            rows, tokens, _ = x.shape
+            maps = len(weights.ups)
+            low = functional.linear(x, weights.down)
+            rank = low.shape[-1] // maps
+            if self.transposed is not None:
+                state = self.transposed[layer]
+                low = torch.bmm(low.view(rows, tokens * maps, rank).to(state.dtype), state).to(x.dtype)
+            self.lows = low.view(rows * tokens, maps, rank).unbind(1)
+        return self.lows[member], weights.ups[member]
+
+
+class Binding:
+    """The one mutable place: which `BoundAdapter` the adapted maps of a model use; None computes the base alone."""
+
     def __init__(self) -> None:
-        self.enabled = False
-        self.transposed: tuple[Tensor, ...] | None = None
+        self.current: BoundAdapter | None = None
 
     @contextmanager
-    def bound(self, transposed: tuple[Tensor, ...] | None, *, enabled: bool) -> Iterator[None]:
-        """Binds states for the duration of a forward and restores what was bound before."""
-        before = self.enabled, self.transposed
-        self.enabled, self.transposed = enabled, transposed
+    def bound(self, current: BoundAdapter) -> Iterator[None]:
+        """Binds for the duration of a forward and restores what was bound before."""
+        before = self.current
+        self.current = current
         try:
             yield
         finally:
-            self.enabled, self.transposed = before
+            self.current = before
 
 
 class LowRankPair(nn.Module):
@@ -75,35 +126,32 @@ class ThoughtLinear(nn.Module):
 
     Args:
         base: The frozen map W, with its bias.
-        pair: A and B; owned by the adapter, not registered here.
-        layer: Which layer's state to read.
-        scale: Factor on the update.
-        binding: Holds the states of the running forward.
+        layer: Which layer's state and weights to read.
+        group: Index of its input group in `INPUT_GROUPS`.
+        member: Its place among the adapted maps of that group.
+        binding: Holds the states and weights of the running forward.
 
     Paper: theta' = theta + DeltaW, DeltaW = A S_e B.
     """
 
-    def __init__(
-        self, base: nn.Linear, pair: LowRankPair, *, layer: int, scale: float, binding: StateBinding
-    ) -> None:
+    def __init__(self, base: nn.Linear, *, layer: int, group: int, member: int, binding: Binding) -> None:
         super().__init__()
         self.base = base
         self.layer = layer
-        self.scale = scale
+        self.group = group
+        self.member = member
         self.binding = binding
-        object.__setattr__(self, "pair", pair)
 
-    def forward(self, x: Float[Tensor, "rows tokens in_features"]) -> Float[Tensor, "rows tokens out_features"]:
+    def forward(
+        self, x: Float[Tensor, "rows tokens in_features"]
+    ) -> Float[Tensor, "rows tokens out_features"]:
         """The adapted map, with the state of each row; states multiply in float32."""
         out = self.base(x)
-        if not self.binding.enabled:
+        current = self.binding.current
+        if current is None:
             return out
-        pair: LowRankPair = self.pair
-        low = functional.linear(x, pair.down.to(x.dtype))
-        if self.binding.transposed is not None:
-            state = self.binding.transposed[self.layer]
-            low = torch.bmm(low.to(state.dtype), state)
-        return torch.add(out, functional.linear(low.to(x.dtype), pair.up.to(x.dtype)), alpha=self.scale)
+        low, up = current.low(x, layer=self.layer, group=self.group, member=self.member)
+        return torch.addmm(out.view(-1, out.shape[-1]), low, up).view(out.shape)
 
 
 @dataclass(frozen=True)
@@ -164,10 +212,12 @@ class ThoughtAdapter(nn.Module):
         self.scale = scale
         self.update_rule: UpdateRule = update_rule
         self.key_space: KeySpace = key_space
-        self.binding = StateBinding()
+        self.binding = Binding()
         generator = torch.Generator().manual_seed(seed)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator) for name in targets})
+            nn.ModuleDict(
+                {name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator) for name in targets}
+            )
             for _ in range(sizes.layers)
         )
         self.encoder = (
@@ -188,6 +238,33 @@ class ThoughtAdapter(nn.Module):
     def folds(self) -> bool:
         """True when evictions change the state."""
         return self.kind == "thought"
+
+    def weights(self, dtype: torch.dtype) -> AdapterWeights:
+        """A and B grouped by layer and shared input, scaled and cast: made once for many forwards.
+
+        Args:
+            dtype: Of the base; the float32 masters stay as they are.
+        """
+        return tuple(
+            tuple(self.group_weights(pairs, names, dtype) for names in self.groups) for pairs in self.layers
+        )
+
+    def group_weights(
+        self, pairs: nn.ModuleDict, names: tuple[str, ...], dtype: torch.dtype
+    ) -> GroupWeights | None:
+        """Weights of the adapted maps of one group; None when none of them is adapted."""
+        if not names:
+            return None
+        members = [pairs[name] for name in names]
+        return GroupWeights(
+            down=torch.cat([pair.down for pair in members]).to(dtype),
+            ups=tuple((pair.up * self.scale).to(dtype).t() for pair in members),
+        )
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The adapted maps of each input group."""
+        return tuple(tuple(name for name in names if name in self.targets) for names in INPUT_GROUPS)
 
     def options(self) -> dict[str, str | int | float | list[str]]:
         """The options that rebuild this adapter for the same base, as plain JSON values."""
@@ -215,11 +292,17 @@ def check_adapter_options(
     if global_tokens < 0:
         raise ValueError(f"global_tokens must be 0 or more, got {global_tokens}; the paper uses 32")
     if kind == "global_only" and global_tokens == 0:
-        raise ValueError("global_only needs global_tokens of at least 1, got 0; the state would always be zero")
+        raise ValueError(
+            "global_only needs global_tokens of at least 1, got 0; the state would always be zero"
+        )
     if not targets:
-        raise ValueError(f"targets must name at least one linear map, got none; use some of {', '.join(LINEAR_MAPS)}")
+        raise ValueError(
+            f"targets must name at least one linear map, got none; use some of {', '.join(LINEAR_MAPS)}"
+        )
     for name in targets:
         if name not in LINEAR_MAPS:
-            raise ValueError(f"targets must be linear maps of a layer, got {name!r}; use some of {', '.join(LINEAR_MAPS)}")
+            raise ValueError(
+                f"targets must be linear maps of a layer, got {name!r}; use some of {', '.join(LINEAR_MAPS)}"
+            )
     if len(set(targets)) != len(targets):
         raise ValueError(f"targets must not repeat a linear map, got {', '.join(targets)}; name each once")

@@ -30,12 +30,18 @@ def check_supported(config: PreTrainedConfig) -> None:
     name = config.model_type
     remedy = f"use a model of type {', '.join(SUPPORTED)}"
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model type {name!r} is an encoder-decoder, and only decoders are supported; {remedy}")
+        raise ValueError(
+            f"model type {name!r} is an encoder-decoder, and only decoders are supported; {remedy}"
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     if "linear_attention" in layer_types:
-        raise ValueError(f"model type {name!r} has linear-attention layers, which have no keys to evict; {remedy}")
+        raise ValueError(
+            f"model type {name!r} has linear-attention layers, which have no keys to evict; {remedy}"
+        )
     if name not in SUPPORTED:
-        raise ValueError(f"model type {name!r} is not supported: no test shows that its cache is exact; {remedy}")
+        raise ValueError(
+            f"model type {name!r} is not supported: no test shows that its cache is exact; {remedy}"
+        )
     if layer_types - {"full_attention"} or (name == "mistral" and config.sliding_window is not None):
         raise ValueError(
             f"model type {name!r} with sliding-window layers (sliding_window={config.sliding_window}) is not supported: "
@@ -50,7 +56,11 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def check_positions(
-    config: PreTrainedConfig, *, prompt_tokens: int, completion_tokens: int, allow_beyond_trained_positions: bool
+    config: PreTrainedConfig,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    allow_beyond_trained_positions: bool,
 ) -> None:
     """Refuses sequences longer than the positions that the base was trained on.
 

@@ -120,20 +120,16 @@ def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:
             f"the adapter must be made for the base's sizes, got {adapter.sizes} for {layer_sizes(base)}; "
             f"make it with layer_sizes(base)"
         )
-    for index, layer in enumerate(base.get_decoder().layers):
-        for name in LINEAR_MAPS:
-            if isinstance(getattr(home_of(layer, name), name), ThoughtLinear):
-                raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
-    for index, layer in enumerate(base.get_decoder().layers):
-        for name in adapter.targets:
-            adapted = ThoughtLinear(
-                linear_of(layer, name),
-                adapter.layers[index][name],
-                layer=index,
-                scale=adapter.scale,
-                binding=adapter.binding,
-            )
-            setattr(home_of(layer, name), name, adapted)
+    layers = base.get_decoder().layers
+    if any(isinstance(module, ThoughtLinear) for layer in layers for module in layer.modules()):
+        raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
+    for index, layer in enumerate(layers):
+        for group, names in enumerate(adapter.groups):
+            for member, name in enumerate(names):
+                adapted = ThoughtLinear(
+                    linear_of(layer, name), layer=index, group=group, member=member, binding=adapter.binding
+                )
+                setattr(home_of(layer, name), name, adapted)
     adapter.to(base.device)
 
 

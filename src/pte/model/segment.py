@@ -9,13 +9,14 @@ Paper: C_t^D enters through `attention`, S_e through `states`.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from pte.method.adapter import BoundAdapter
 from pte.method.cache import EvictedTokens
 from pte.method.rotary import unrotate
 from pte.model.policy import BoundedPolicy, linear_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
+
+    from pte.method.adapter import AdapterWeights
 
 ATTENTION_NAME = "pte_bounded"
 
@@ -61,6 +64,7 @@ def run_layers(
     positions: Int[Tensor, "rows tokens"],
     attention: LayerAttention,
     states: Float[Tensor, "layers rows rank rank"] | None,
+    weights: AdapterWeights | None,
 ) -> Float[Tensor, "rows tokens hidden"]:
     """Final hidden states (after the last norm) of the given tokens.
 
@@ -70,6 +74,7 @@ def run_layers(
         positions: Absolute positions.
         attention: Writes and reads keys and values.
         states: What the adapters read, for every row; None for S = I or without adapter.
+        weights: `adapter_weights(policy)`, made once for many forwards.
     """
     decoder = policy.base.get_decoder()
     config = decoder.config
@@ -77,9 +82,13 @@ def run_layers(
     implementation = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME
     adapter = policy.adapter
-    transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
+    if adapter is None or weights is None:
+        binding: AbstractContextManager[None] = nullcontext()
+    else:
+        transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
+        binding = adapter.binding.bound(BoundAdapter(weights, transposed))
     try:
-        with nullcontext() if adapter is None else adapter.binding.bound(transposed, enabled=True):
+        with binding:
             hidden = decoder.embed_tokens(token_ids)
             angles = decoder.rotary_emb(hidden, positions)
             for layer in decoder.layers:
@@ -93,6 +102,11 @@ def run_layers(
             return decoder.norm(hidden)
     finally:
         config._attn_implementation = implementation
+
+
+def adapter_weights(policy: BoundedPolicy) -> AdapterWeights | None:
+    """A and B as the forward multiplies with them, or None for the base alone."""
+    return None if policy.adapter is None else policy.adapter.weights(policy.dtype)
 
 
 def read_state(
@@ -142,7 +156,9 @@ def fold(
     return adapter.encoder.accumulate(state, update)
 
 
-def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, "layers batch evicted kv_dim"]:
+def folded_keys(
+    policy: BoundedPolicy, evicted: EvictedTokens
+) -> Float[Tensor, "layers batch evicted kv_dim"]:
     """Keys of evicted tokens in the space that the adapter folds."""
     adapter = policy.adapter
     assert adapter is not None

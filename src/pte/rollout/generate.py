@@ -20,7 +20,7 @@ import torch
 from pte.method.attention import DecodeAttention, StretchAttention, stretch_mask
 from pte.method.cache import BoundedCache
 from pte.model.load import check_positions
-from pte.model.segment import first_state, fold, read_state, run_layers
+from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
 from pte.rollout.record import Rollout, RolloutRequest, right_pad
 from pte.rollout.sampling import draw_tokens, stream_uniforms, token_logprobs
 
@@ -90,9 +90,13 @@ class RolloutEngine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; use for example 64")
         if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}; use for example 1.0")
+            raise ValueError(
+                f"temperature must be 0 (greedy) or above, got {temperature}; use for example 1.0"
+            )
         if state_control == "shuffled" and slots < 2:
-            raise ValueError(f"state_control 'shuffled' needs at least 2 slots, got {slots}; use for example 64")
+            raise ValueError(
+                f"state_control 'shuffled' needs at least 2 slots, got {slots}; use for example 64"
+            )
         self.policy = policy
         self.slots = slots
         self.max_new_tokens = max_new_tokens
@@ -158,6 +162,7 @@ class RolloutEngine:
         if policy.dtype == torch.float64:
             self.logprobs = self.logprobs.double()
         self.stream_seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.weights = adapter_weights(policy)
         first = first_state(policy)
         self.first = first
         self.states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
@@ -189,7 +194,9 @@ class RolloutEngine:
         attention = StretchAttention(None, None, mask=mask, segments=1)
         first = None if self.first is None else self.first[:, None].expand(-1, len(prompts), -1, -1)
         reads = self.controlled(read_state(policy, first))
-        hidden = run_layers(policy, tokens, positions=positions, attention=attention, states=reads)
+        hidden = run_layers(
+            policy, tokens, positions=positions, attention=attention, states=reads, weights=self.weights
+        )
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
         logprobs = token_logprobs(policy.base.get_output_embeddings()(last), self.temperature)
         keys = torch.stack([attention.new_keys[layer] for layer in range(policy.cache_shape.layers)])
@@ -254,6 +261,7 @@ class RolloutEngine:
             positions=positions,
             attention=attention,
             states=self.controlled(self.reads),
+            weights=self.weights,
         )
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden[:, 0]), self.temperature)
         self.entered += 1 if alive is None else alive

@@ -158,7 +158,9 @@ class Replay(nn.Module):
                 return (*self.scores(inputs, hidden, batch=batch, with_entropy=True), new_keys, new_values)
 
             stacked = None if states is None else torch.stack(states, dim=2)
-            chosen, entropy, keys, values = checkpoint(run, cache_keys, cache_values, stacked, use_reentrant=False)
+            chosen, entropy, keys, values = checkpoint(
+                run, cache_keys, cache_values, stacked, use_reentrant=False
+            )
             state = None if states is None else states[-1]
             walk.store(stretch, inputs, keys=keys, values=values, graph=True)
             logprobs = logprobs.view(-1).index_put((inputs.places,), chosen).view_as(logprobs)
@@ -166,7 +168,12 @@ class Replay(nn.Module):
         return logprobs, entropies
 
     def scores(
-        self, inputs: StretchInputs, hidden: Float[Tensor, "sequences tokens hidden"], *, batch: ReplayBatch, with_entropy: bool
+        self,
+        inputs: StretchInputs,
+        hidden: Float[Tensor, "sequences tokens hidden"],
+        *,
+        batch: ReplayBatch,
+        with_entropy: bool,
     ) -> tuple[Float[Tensor, " scored"], Float[Tensor, " scored"]]:
         """Log-probs and entropies of the tokens that a stretch predicts."""
         return score(
@@ -219,7 +226,12 @@ class Replay(nn.Module):
         return keys.detach(), values.detach(), found[0] if leaves else None
 
     def backward_chain(
-        self, batch: ReplayBatch, history: History, *, grad_logprobs: Float[Tensor, " places"], collected: GradientSum
+        self,
+        batch: ReplayBatch,
+        history: History,
+        *,
+        grad_logprobs: Float[Tensor, " places"],
+        collected: GradientSum,
     ) -> None:
         """From the last stretch to the first, the gradient of S handed back along the chain."""
         grad_state: Tensor | None = None
@@ -408,8 +420,12 @@ class History:
         rows = indices.shape[0]
         walk.cache = cache = walk.cache.select(slice(0, rows))
         prompt, device = cache.prompt_slots, cache.keys.device
-        cache.keys[:, :, :, :prompt], cache.values[:, :, :, :prompt] = (part[:, :rows] for part in self.prompt)
-        where = indices[None, :, None, :, None].expand(self.keys.shape[0], -1, self.keys.shape[2], -1, self.keys.shape[4])
+        cache.keys[:, :, :, :prompt], cache.values[:, :, :, :prompt] = (
+            part[:, :rows] for part in self.prompt
+        )
+        where = indices[None, :, None, :, None].expand(
+            self.keys.shape[0], -1, self.keys.shape[2], -1, self.keys.shape[4]
+        )
         cache.keys[:, :, :, prompt:] = self.keys[:, :rows].gather(3, where).to(device)
         cache.values[:, :, :, prompt:] = self.values[:, :rows].gather(3, where).to(device)
         slot = torch.arange(prompt, device=device)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pte.method.attention import StretchAttention, stretch_mask
 from pte.method.cache import BoundedCache, EvictedTokens
-from pte.model.segment import fold, read_state, run_layers
+from pte.model.segment import adapter_weights, fold, read_state, run_layers
 from pte.rollout.sampling import token_logprobs
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ class Walk:
         for row, length in enumerate(self.lengths[:active]):
             last = min(length - 1, stretch.stop)
             scored.extend(row * width + token - stretch.start for token in range(stretch.start, last))
-            places.extend(row * batch.completion_ids.shape[1] + token + 1 for token in range(stretch.start, last))
+            places.extend(
+                row * batch.completion_ids.shape[1] + token + 1 for token in range(stretch.start, last)
+            )
         return self.inputs(
             batch.completion_ids[:active, inside].reshape(active * segments, block),
             (batch.prompt_lengths[:active, None] + reasoning).reshape(active * segments, block),
@@ -225,7 +227,9 @@ class Walk:
             )
         ]
 
-    def store(self, stretch: Stretch, inputs: StretchInputs, *, keys: Tensor, values: Tensor, graph: bool) -> None:
+    def store(
+        self, stretch: Stretch, inputs: StretchInputs, *, keys: Tensor, values: Tensor, graph: bool
+    ) -> None:
         """Writes what a stretch added into the cache; the last stretch's need not be.
 
         Args:
@@ -251,7 +255,10 @@ class Walk:
             slots = torch.cat((index, slots), dim=1)
         where = slots[None, :, None, :, None].expand_as(keys)
         if graph:
-            cache.keys, cache.values = cache.keys.scatter(3, where, keys), cache.values.scatter(3, where, values)
+            cache.keys, cache.values = (
+                cache.keys.scatter(3, where, keys),
+                cache.values.scatter(3, where, values),
+            )
         else:
             cache.keys.scatter_(3, where, keys)
             cache.values.scatter_(3, where, values)
@@ -286,10 +293,20 @@ def run_stretch(
     """
     first = inputs.prompt_tokens > 0
     attention = StretchAttention(
-        None if first else cache_keys, None if first else cache_values, mask=inputs.mask, segments=inputs.segments
+        None if first else cache_keys,
+        None if first else cache_values,
+        mask=inputs.mask,
+        segments=inputs.segments,
     )
     reads = read_state(policy, None if states is None else states.flatten(1, 2))
-    hidden = run_layers(policy, inputs.token_ids, positions=inputs.positions, attention=attention, states=reads)
+    hidden = run_layers(
+        policy,
+        inputs.token_ids,
+        positions=inputs.positions,
+        attention=attention,
+        states=reads,
+        weights=adapter_weights(policy),
+    )
     layers = range(policy.cache_shape.layers)
     return (
         hidden.reshape(inputs.mask.shape[0], -1, hidden.shape[-1]),
