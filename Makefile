@@ -1,0 +1,33 @@
+# make train: the main job on the embedded default.  make test: the tests.  make lint: style, types, import layers.
+# Needs python3 (3.11 or newer, with venv and pip) and make; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Workers import torch, so more of them than files of tests only cost start-up time.
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: install train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(INSTALLED)
+	$(BIN)/pte compare configs/embedded.toml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""Accuracy of a policy on held-out problems, with what it cost.
+
+Decides: avg@k with its 95 % interval, pass@k, and which costs stand beside them (tokens, evictions, cache bytes). The
+same function scores every arm: full cache, window, adapters, and controls of the state.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pte.learn.rewards import compute_rewards
+from pte.rollout.generate import RolloutEngine, StateControl
+from pte.rollout.record import Rollout, RolloutRequest
+from pte.rollout.sampling import stream_seed
+from pte.tasks.scoring import avg_at_k, avg_at_k_interval, pass_at_k, wilson_interval
+
+if TYPE_CHECKING:
+    from pte.checkpoint_files import Json
+    from pte.model.policy import BoundedPolicy
+    from pte.tasks.problems import Problem
+    from pte.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a policy on one set.
+
+    Args:
+        name: Of the set.
+        problems: How many.
+        samples_per_problem: k of avg@k.
+        accuracy: avg@k, a fraction.
+        ci95: 95 % interval of the accuracy.
+        pass_at: pass@k by k.
+        completion_tokens: Mean length.
+        cut_off_fraction: Completions that reached the longest length.
+        evictions: Mean number per completion.
+        peak_cache_bytes: Keys and values of all slots.
+        seconds: Wall time.
+    """
+
+    name: str
+    problems: int
+    samples_per_problem: int
+    accuracy: float
+    ci95: tuple[float, float]
+    pass_at: dict[int, float]
+    completion_tokens: float
+    cut_off_fraction: float
+    evictions: float
+    peak_cache_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain values."""
+        plain = asdict(self)
+        return {**plain, "ci95": list(self.ci95), "pass_at": {str(k): value for k, value in self.pass_at.items()}}
+
+
+@dataclass(frozen=True)
+class EvaluatedCompletion:
+    """One completion of an evaluation.
+
+    Args:
+        problem: What it answers.
+        text: The completion.
+        right: Whether the answer is right.
+        rollout: Its tokens.
+    """
+
+    problem: Problem
+    text: str
+    right: bool
+    rollout: Rollout
+
+
+def evaluate(
+    policy: BoundedPolicy,
+    task: Task,
+    *,
+    name: str,
+    samples_per_problem: int,
+    temperature: float,
+    max_new_tokens: int,
+    slots: int,
+    pass_at: Sequence[int],
+    seed: int,
+    state_control: StateControl = "own",
+    allow_beyond_trained_positions: bool = False,
+    on_finish: Callable[[Rollout], None] | None = None,
+) -> tuple[Evaluation, list[EvaluatedCompletion]]:
+    """Completes every problem of a set and scores the answers.
+
+    Args:
+        policy: Under its own budget.
+        task: Problems, prompts, accuracy.
+        name: Of the set in `task.evaluation`.
+        samples_per_problem: Completions of each problem.
+        temperature: 0 for greedy.
+        max_new_tokens: Longest completion.
+        slots: Sequences decoded at once.
+        pass_at: Each k of pass@k.
+        seed: Of the samples.
+        state_control: The policy's own states, or a control.
+        allow_beyond_trained_positions: Run past the base's trained positions.
+        on_finish: Called with each rollout as it ends.
+    """
+    problems = task.evaluation[name]
+    engine = RolloutEngine(
+        policy,
+        slots=slots,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_token_ids=task.stop_token_ids,
+        state_control=state_control,
+        allow_beyond_trained_positions=allow_beyond_trained_positions,
+    )
+    started = time.perf_counter()
+    rollouts = engine.run(
+        [
+            RolloutRequest(task.prompt_ids(problem), stream_seed(seed, "eval", problem.id, sample))
+            for problem in problems
+            for sample in range(samples_per_problem)
+        ],
+        on_finish=on_finish,
+    )
+    repeated = [problem for problem in problems for _ in range(samples_per_problem)]
+    texts = [task.text(rollout.completion_ids) for rollout in rollouts]
+    right = compute_rewards(
+        task.accuracy,
+        prompts=[problem.problem for problem in repeated],
+        completions=texts,
+        completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
+        columns={"answer": [problem.answer for problem in repeated]},
+    )
+    correct = torch.tensor(right, dtype=torch.float64).view(len(problems), samples_per_problem) == 1.0
+    if samples_per_problem == 1:
+        interval = wilson_interval(int(correct.sum()), len(problems))
+    else:
+        interval = avg_at_k_interval(correct)
+    evaluation = Evaluation(
+        name=name,
+        problems=len(problems),
+        samples_per_problem=samples_per_problem,
+        accuracy=avg_at_k(correct),
+        ci95=(interval.low, interval.high),
+        pass_at={k: pass_at_k(correct, k) for k in pass_at},
+        completion_tokens=statistics.fmean(len(rollout.completion_ids) for rollout in rollouts),
+        cut_off_fraction=statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
+        evictions=statistics.fmean(rollout.evictions for rollout in rollouts),
+        peak_cache_bytes=engine.peak_cache_bytes,
+        seconds=time.perf_counter() - started,
+    )
+    completions = [
+        EvaluatedCompletion(problem, text, bool(score == 1.0), rollout)
+        for problem, text, score, rollout in zip(repeated, texts, right, rollouts, strict=True)
+    ]
+    return evaluation, completions

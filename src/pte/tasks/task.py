@@ -1,0 +1,220 @@
+"""What a run needs of its problems: prompts as tokens, an endless seeded order, rewards, accuracy, right traces.
+
+Decides: the order in which training problems come (a pure function of seed and position, so that a resumed run needs
+only the position), and how the two kinds of task, generated chained assignments and JSONL files, look the same to the
+stages. Does not know policies or rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pte.learn.rewards import RewardFunction, exact_reward, load_reward, math_reward
+from pte.tasks.chained import generate_problems, parse_answer
+from pte.tasks.problems import BOXED_INSTRUCTION, Problem, PromptTemplate, encode_prompt, load_problems
+from pte.tasks.problems import Tokenizer as PromptTokenizer
+
+GENERATED_AT_ONCE = 256
+
+
+class Tokenizer(PromptTokenizer, Protocol):
+    """What a task needs of a tokenizer; those of Transformers have it."""
+
+    eos_token_id: int
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+
+
+@dataclass(frozen=True)
+class TrainingProblem:
+    """A problem with, where the task has one, a right completion.
+
+    Args:
+        problem: What the prompt shows and the reward compares with.
+        trace: Text of a right completion, the end token included when the text has one; None without.
+    """
+
+    problem: Problem
+    trace: str | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems and their scoring, with a tokenizer.
+
+    Args:
+        tokenizer: Of the base.
+        training: The training problem at a position of the endless order.
+        evaluation: Problems to evaluate on, by the name of their set.
+        reward: What GRPO raises.
+        accuracy: 1.0 where the answer is right; what dynamic sampling and evaluation look at.
+        template: How a problem becomes a prompt.
+        instruction: Appended to a problem, or None.
+    """
+
+    tokenizer: Tokenizer
+    training: Callable[[int], TrainingProblem]
+    evaluation: Mapping[str, Sequence[Problem]]
+    reward: RewardFunction
+    accuracy: RewardFunction
+    template: PromptTemplate
+    instruction: str | None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return (self.tokenizer.eos_token_id,)
+
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        """The prompt as token ids."""
+        return tuple(
+            encode_prompt(problem.problem, self.tokenizer, template=self.template, instruction=self.instruction)
+        )
+
+    def completion_ids(self, trace: str) -> tuple[int, ...]:
+        """A right completion as token ids, ended by the end token."""
+        ids = tuple(self.tokenizer.encode(trace, add_special_tokens=False))
+        return ids if ids and ids[-1] in self.stop_token_ids else (*ids, self.stop_token_ids[0])
+
+    def text(self, completion_ids: Sequence[int]) -> str:
+        """The text of a completion."""
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+
+def chained_task(
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    eval_problems: int,
+    num_statements: int,
+    num_constants: int,
+    modulus: int,
+    min_distance: int,
+    max_distance: int | None,
+) -> Task:
+    """The embedded task; held-out problems never occur in training (`chained.split_of`)."""
+    blocks: dict[int, list[TrainingProblem]] = {}
+    shape = {
+        "num_statements": num_statements,
+        "num_constants": num_constants,
+        "modulus": modulus,
+        "min_distance": min_distance,
+        "max_distance": max_distance,
+    }
+
+    def training(position: int) -> TrainingProblem:
+        block, offset = divmod(position, GENERATED_AT_ONCE)
+        if block not in blocks:
+            blocks.clear()
+            drawn = generate_problems(
+                GENERATED_AT_ONCE, seed=mixed_seed(seed, block), split="train", **shape
+            )
+            blocks[block] = [
+                TrainingProblem(Problem(one.id, one.problem, one.answer, one.source), one.trace) for one in drawn
+            ]
+        return blocks[block][offset]
+
+    heldout = generate_problems(eval_problems, seed=seed, split="heldout", **shape)
+    reward = exact_reward(parse_answer)
+    return Task(
+        tokenizer=tokenizer,
+        training=training,
+        evaluation={"chained": [Problem(one.id, one.problem, one.answer, one.source) for one in heldout]},
+        reward=reward,
+        accuracy=reward,
+        template="raw",
+        instruction=None,
+    )
+
+
+def jsonl_task(
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    train_path: str | Path | None,
+    eval_paths: Sequence[str | Path],
+    eval_problems: int | None,
+    template: PromptTemplate,
+    boxed_instruction: bool,
+    reward: str,
+    traces_path: str | Path | None,
+) -> Task:
+    """Problems from files, in a new seeded order every epoch.
+
+    Raises:
+        FileNotFoundError, ValueError: A file is missing or malformed, or the reward cannot be loaded.
+    """
+    problems = [] if train_path is None else load_problems(train_path)
+    traces = {} if traces_path is None else load_traces(traces_path)
+    unknown = sorted(set(traces) - {problem.id for problem in problems})
+    if unknown:
+        raise ValueError(
+            f"{traces_path}: every trace must belong to a training problem, got id {unknown[0]!r}; drop the line"
+        )
+    if traces:
+        problems = [problem for problem in problems if problem.id in traces]
+    orders: dict[int, list[int]] = {}
+
+    def training(position: int) -> TrainingProblem:
+        epoch, offset = divmod(position, len(problems))
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = random.Random(mixed_seed(seed, epoch)).sample(range(len(problems)), len(problems))
+        problem = problems[orders[epoch][offset]]
+        return TrainingProblem(problem, traces.get(problem.id))
+
+    functions: dict[str, RewardFunction] = {"math": math_reward, "exact": exact_reward(last_line)}
+    accuracy = functions["exact" if reward == "exact" else "math"]
+    return Task(
+        tokenizer=tokenizer,
+        training=training,
+        evaluation={Path(path).stem: load_problems(path)[:eval_problems] for path in eval_paths},
+        reward=functions[reward] if reward in functions else load_reward(reward),
+        accuracy=accuracy,
+        template=template,
+        instruction=BOXED_INSTRUCTION if boxed_instruction else None,
+    )
+
+
+def load_traces(path: str | Path) -> dict[str, str]:
+    """Right completions by problem id, from JSONL lines with the string fields `id` and `trace`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line that is not such an object, or an id that an earlier line has.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"traces_path must exist, got {path}; paths are relative to the working folder")
+    traces: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            key, trace = entry["id"], entry["trace"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: a trace must be a JSON object with "id" and "trace", got {line[:60]!r}'
+            ) from error
+        if not (isinstance(key, str) and isinstance(trace, str) and trace) or key in traces:
+            raise ValueError(f"{path}, line {number}: id and trace must be text, each id once, got id {key!r}")
+        traces[key] = trace
+    return traces
+
+
+def last_line(completion: str) -> str | None:
+    """The last line of a completion, the answer of reward `exact` on JSONL problems; None for an empty one."""
+    lines = completion.strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+def mixed_seed(seed: int, part: int) -> int:
+    """A seed for one part of an endless order."""
+    return random.Random(f"{seed}/{part}").getrandbits(62)

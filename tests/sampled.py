@@ -1,0 +1,74 @@
+"""Rollouts of tiny policies, kept with their requests, and the replay of the same completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.sinks import AttentionSinks
+from pte.model.policy import BoundedPolicy
+from pte.rollout.generate import RolloutEngine
+from pte.rollout.record import ReplayBatch, Rollout, RolloutRequest, collate_rollouts
+from pte.rollout.replay import Replay, ReplayOutput
+
+# What a policy can be; each is a set of options for `tiny_policy`.
+SETTINGS: dict[str, dict[str, object]] = {
+    "thought": {},
+    "paper rule": {"update_rule": "paper"},
+    "post-rotary keys": {"key_space": "post_rotary"},
+    "no global tokens": {"global_tokens": 0},
+    "lora": {"kind": "lora"},
+    "global_only": {"kind": "global_only"},
+    "no adapter": {"kind": None},
+    "some targets, scaled": {"targets": ("o_proj", "v_proj", "up_proj"), "scale": 1.6},
+    "random eviction": {"eviction": UniformRandom()},
+    "sinks": {"eviction": AttentionSinks(3)},
+    "sinks that leave one block": {"eviction": AttentionSinks(4), "update_rule": "paper"},
+    "block as large as the window": {"window": 8, "block": 8},
+    "blocks of one token": {"window": 4, "block": 1},
+    "window of one token": {"window": 1, "block": 1},
+    "full cache": {"window": None},
+}
+
+
+def requests_for(prompts: Sequence[tuple[int, ...]], *, first_seed: int = 100) -> list[RolloutRequest]:
+    return [RolloutRequest(prompt, first_seed + index) for index, prompt in enumerate(prompts)]
+
+
+def sample(
+    policy: BoundedPolicy,
+    requests: Sequence[RolloutRequest],
+    *,
+    slots: int = 3,
+    max_new_tokens: int = 30,
+    temperature: float = 0.7,
+    stop: Sequence[int] = (),
+    **options: object,
+) -> list[Rollout]:
+    engine = RolloutEngine(
+        policy,
+        slots=slots,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_token_ids=stop,
+        **options,
+    )
+    return engine.run(requests)
+
+
+def replay_of(policy: BoundedPolicy, rollouts: Sequence[Rollout], **options: object) -> tuple[ReplayBatch, ReplayOutput]:
+    batch = collate_rollouts(rollouts)
+    return batch, Replay(policy, **options)(batch)
+
+
+def recorded(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """Log-probs of the rollouts, padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence([rollout.rollout_logprobs for rollout in rollouts], batch_first=True)
+
+
+def gap(policy: BoundedPolicy, rollouts: Sequence[Rollout]) -> float:
+    """Largest difference between recorded and replayed log-probs of a token."""
+    _, output = replay_of(policy, rollouts)
+    return (output.policy_logprobs - recorded(rollouts)).abs().max().item()
