@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "some targets, scaled": {"targets": ("o_proj", "v_proj", "up_proj"), "scale": 1.6},
     "random eviction": {"eviction": UniformRandom()},
     "sinks": {"eviction": AttentionSinks(3)},
+    "sinks, two blocks a stretch": {"window": 6, "block": 2, "eviction": AttentionSinks(1)},
     "sinks that leave one block": {"eviction": AttentionSinks(4), "update_rule": "paper"},
     "block as large as the window": {"window": 8, "block": 8},
     "blocks of one token": {"window": 4, "block": 1},
@@ -58,9 +59,9 @@ def sample(
     return engine.run(requests)
 
 
-def replay_of(policy: BoundedPolicy, rollouts: Sequence[Rollout], **options: object) -> tuple[ReplayBatch, ReplayOutput]:
+def replay_of(policy: BoundedPolicy, rollouts: Sequence[Rollout]) -> tuple[ReplayBatch, ReplayOutput]:
     batch = collate_rollouts(rollouts)
-    return batch, Replay(policy, **options)(batch)
+    return batch, Replay(policy)(batch)
 
 
 def recorded(rollouts: Sequence[Rollout]) -> torch.Tensor:

@@ -116,10 +116,10 @@ def test_the_answer_of_another_problem_scores_0(name):
 
 def test_the_parser_alone_reads_the_latex_answers_of_the_sets():
     # The comparison of equal strings is left out here, so that every answer goes through math-verify.
-    answers = [a for name in ("math500", "olympiadbench", "minerva_math") for a in answers_of(name)[::9] if "\\" in a]
+    answers = [a for name in ("math500", "olympiadbench", "minerva_math") for a in answers_of(name)[::15] if "\\" in a]
     process = rewards_module._math_process()
     read = sum(process.same_value(answer, answer.replace("\\frac", "\\dfrac") + " ") for answer in answers)
-    assert len(answers) > 50
+    assert len(answers) > 25
     assert read >= len(answers) - 1
 
 

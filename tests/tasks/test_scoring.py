@@ -93,6 +93,17 @@ def test_copied_samples_are_worth_no_more_than_one():
     assert copied.high == pytest.approx(avg_at_k_interval(once).high)
 
 
+def test_unequal_problems_are_worth_fewer_trials_than_samples_by_hand():
+    # Accuracies 0.5 and 0.5, with 0 and 1 added: p = 0.5, s2 = (0.25 + 0.25) / 4 = 0.125, worth 0.25 / 0.125 = 2.
+    correct = (torch.arange(16) < 8).expand(2, 16)
+    assert avg_at_k_interval(correct) == wilson_interval(2, 4)
+
+
+def test_equally_hard_problems_are_worth_their_samples_and_no_more():
+    # Accuracy 0.5 each: p (1 - p) / s2 = 0.25 / (0.5 / 32) = 16 for two samples, cut to 2.
+    assert avg_at_k_interval(table(*[[1, 0]] * 30)) == wilson_interval(30, 60)
+
+
 def test_a_set_that_is_all_wrong_is_not_certain():
     # 30 problems, 16 samples each: worth 30 trials, not 480. high = z^2 / (30 + z^2) = 3.8415 / 33.8415
     interval = avg_at_k_interval(torch.zeros(30, 16, dtype=torch.bool))

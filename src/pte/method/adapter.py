@@ -44,7 +44,7 @@ class GroupWeights:
     """
 
     down: Float[Tensor, "group_rank in_features"]
-    ups: tuple[Float[Tensor, "rank out_features"], ...]
+    ups: tuple[Float[Tensor, "rank _"], ...]
 
 
 AdapterWeights = tuple[tuple[GroupWeights | None, ...], ...]
@@ -58,9 +58,7 @@ class BoundAdapter:
         transposed: S^T per layer and row, or None for S = I.
     """
 
-    def __init__(
-        self, weights: AdapterWeights, transposed: tuple[Float[Tensor, "rows rank rank"], ...] | None
-    ) -> None:
+    def __init__(self, weights: AdapterWeights, transposed: tuple[Float[Tensor, "rows rank rank"], ...] | None) -> None:
         self.weights = weights
         self.transposed = transposed
         self.input: Tensor | None = None
@@ -142,9 +140,7 @@ class ThoughtLinear(nn.Module):
         self.member = member
         self.binding = binding
 
-    def forward(
-        self, x: Float[Tensor, "rows tokens in_features"]
-    ) -> Float[Tensor, "rows tokens out_features"]:
+    def forward(self, x: Float[Tensor, "rows tokens in_features"]) -> Float[Tensor, "rows tokens out_features"]:
         """The adapted map, with the state of each row; states multiply in float32."""
         out = self.base(x)
         current = self.binding.current
@@ -215,9 +211,7 @@ class ThoughtAdapter(nn.Module):
         self.binding = Binding()
         generator = torch.Generator().manual_seed(seed)
         self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator) for name in targets}
-            )
+            nn.ModuleDict({name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator) for name in targets})
             for _ in range(sizes.layers)
         )
         self.encoder = (
@@ -246,20 +240,25 @@ class ThoughtAdapter(nn.Module):
             dtype: Of the base; the float32 masters stay as they are.
         """
         return tuple(
-            tuple(self.group_weights(pairs, names, dtype) for names in self.groups) for pairs in self.layers
+            tuple(self.group_weights(layer, names, dtype) for names in self.groups)
+            for layer in range(self.sizes.layers)
         )
 
-    def group_weights(
-        self, pairs: nn.ModuleDict, names: tuple[str, ...], dtype: torch.dtype
-    ) -> GroupWeights | None:
+    def group_weights(self, layer: int, names: tuple[str, ...], dtype: torch.dtype) -> GroupWeights | None:
         """Weights of the adapted maps of one group; None when none of them is adapted."""
         if not names:
             return None
-        members = [pairs[name] for name in names]
+        members = [self.pair(layer, name) for name in names]
         return GroupWeights(
             down=torch.cat([pair.down for pair in members]).to(dtype),
             ups=tuple((pair.up * self.scale).to(dtype).t() for pair in members),
         )
+
+    def pair(self, layer: int, name: str) -> LowRankPair:
+        """A and B of one map."""
+        pair = self.layers[layer].get_submodule(name)
+        assert isinstance(pair, LowRankPair)
+        return pair
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -279,9 +278,7 @@ class ThoughtAdapter(nn.Module):
         }
 
 
-def check_adapter_options(
-    targets: tuple[str, ...], *, rank: int, global_tokens: int, kind: AdapterKind
-) -> None:
+def check_adapter_options(targets: tuple[str, ...], *, rank: int, global_tokens: int, kind: AdapterKind) -> None:
     """Refuses options that no adapter can have.
 
     Raises:
@@ -292,13 +289,9 @@ def check_adapter_options(
     if global_tokens < 0:
         raise ValueError(f"global_tokens must be 0 or more, got {global_tokens}; the paper uses 32")
     if kind == "global_only" and global_tokens == 0:
-        raise ValueError(
-            "global_only needs global_tokens of at least 1, got 0; the state would always be zero"
-        )
+        raise ValueError("global_only needs global_tokens of at least 1, got 0; the state would always be zero")
     if not targets:
-        raise ValueError(
-            f"targets must name at least one linear map, got none; use some of {', '.join(LINEAR_MAPS)}"
-        )
+        raise ValueError(f"targets must name at least one linear map, got none; use some of {', '.join(LINEAR_MAPS)}")
     for name in targets:
         if name not in LINEAR_MAPS:
             raise ValueError(

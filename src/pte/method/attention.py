@@ -43,9 +43,7 @@ def grouped_attention(
     group = heads // kv_heads
     packed = query.reshape(batch, kv_heads, group * tokens, head_dim)
     packed_mask = mask if group == 1 or tokens == 1 else mask.repeat(1, 1, group, 1)
-    attended = functional.scaled_dot_product_attention(
-        packed, key, value, attn_mask=packed_mask, scale=scaling
-    )
+    attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scaling)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(1, 2)
 
 

@@ -189,8 +189,8 @@ class BoundedCache:
         """Tokens in `slots` of `rows`, heads concatenated."""
         return stored.transpose(2, 3)[:, rows[:, None], slots].flatten(3)
 
-    def select(self, rows: Int[Tensor, " rows"]) -> BoundedCache:
-        """A smaller cache with the given sequences only."""
+    def select(self, rows: Int[Tensor, " rows"] | slice) -> BoundedCache:
+        """A smaller cache with the given sequences only; a slice shares memory with this one."""
         return replace(
             self,
             keys=self.keys[:, rows],
@@ -202,8 +202,6 @@ class BoundedCache:
         )
 
 
-def analytic_bytes(
-    shape: CacheShape, *, batch: int, prompt_slots: int, window_slots: int, dtype: torch.dtype
-) -> int:
+def analytic_bytes(shape: CacheShape, *, batch: int, prompt_slots: int, window_slots: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values that `batch` sequences take: batch x (prompt + window) x bytes of a token."""
     return batch * (prompt_slots + window_slots) * shape.token_bytes(dtype)

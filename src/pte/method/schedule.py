@@ -42,9 +42,7 @@ class EvictionSchedule:
             return
         for name, value in (("window_tokens", self.window_tokens), ("evict_tokens", self.evict_tokens)):
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"{name} must be an integer number of tokens, got {value!r}; use for example 1024"
-                )
+                raise TypeError(f"{name} must be an integer number of tokens, got {value!r}; use for example 1024")
             if value <= 0:
                 raise ValueError(f"{name} must be at least 1 token, got {value}; use for example 1024")
         window, block = self.window_tokens, self.evict_tokens

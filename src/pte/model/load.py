@@ -30,22 +30,16 @@ def check_supported(config: PreTrainedConfig) -> None:
     name = config.model_type
     remedy = f"use a model of type {', '.join(SUPPORTED)}"
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model type {name!r} is an encoder-decoder, and only decoders are supported; {remedy}"
-        )
+        raise ValueError(f"model type {name!r} is an encoder-decoder, and only decoders are supported; {remedy}")
     layer_types = set(getattr(config, "layer_types", None) or ())
     if "linear_attention" in layer_types:
-        raise ValueError(
-            f"model type {name!r} has linear-attention layers, which have no keys to evict; {remedy}"
-        )
+        raise ValueError(f"model type {name!r} has linear-attention layers, which have no keys to evict; {remedy}")
     if name not in SUPPORTED:
-        raise ValueError(
-            f"model type {name!r} is not supported: no test shows that its cache is exact; {remedy}"
-        )
+        raise ValueError(f"model type {name!r} is not supported: no test shows that its cache is exact; {remedy}")
     if layer_types - {"full_attention"} or (name == "mistral" and config.sliding_window is not None):
         raise ValueError(
-            f"model type {name!r} with sliding-window layers (sliding_window={config.sliding_window}) is not supported: "
-            f"its own window would evict beside ours; {remedy} without sliding_window"
+            f"model type {name!r} with sliding-window layers (sliding_window={config.sliding_window}) is not "
+            f"supported: its own window would evict beside ours; {remedy} without sliding_window"
         )
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
@@ -96,7 +90,8 @@ def load_base(
     base = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    return freeze(base.to(device))
+    base.to(device)  # type: ignore[arg-type]
+    return freeze(base)
 
 
 def freeze(base: PreTrainedModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ Paper: pi^D_theta(y|p) = prod_t pi_theta(y_t | C_t^D).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +43,7 @@ class BoundedPolicy:
     base: PreTrainedModel
     adapter: ThoughtAdapter | None
     schedule: EvictionSchedule
-    eviction: EvictionPolicy = OldestFirst()
+    eviction: EvictionPolicy = field(default_factory=OldestFirst)
 
     def __post_init__(self) -> None:
         if self.schedule.window_tokens is not None and self.schedule.evict_tokens is not None:
@@ -102,7 +102,7 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
 
 def home_of(layer: nn.Module, name: str) -> nn.Module:
     """The block of a decoder layer that holds a linear map."""
-    return layer.self_attn if name in ATTENTION_MAPS else layer.mlp
+    return layer.get_submodule("self_attn" if name in ATTENTION_MAPS else "mlp")
 
 
 def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:

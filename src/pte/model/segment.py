@@ -10,7 +10,7 @@ Paper: C_t^D enters through `attention`, S_e through `states`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ATTENTION_NAME = "pte_bounded"
 
 
+@runtime_checkable
 class LayerAttention(Protocol):
     """What computes attention in a forward: `DecodeAttention` or `StretchAttention`."""
 
@@ -54,7 +55,9 @@ def bounded_attention(
     **_library_arguments: object,
 ) -> tuple[Tensor, None]:
     """The attention function that Transformers calls in every layer; it hands over to `layer_attention`."""
-    return layer_attention.attend(module.layer_idx, query, key=key, value=value, scaling=scaling), None
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return layer_attention.attend(layer, query, key=key, value=value, scaling=scaling), None
 
 
 def run_layers(
@@ -156,9 +159,7 @@ def fold(
     return adapter.encoder.accumulate(state, update)
 
 
-def folded_keys(
-    policy: BoundedPolicy, evicted: EvictedTokens
-) -> Float[Tensor, "layers batch evicted kv_dim"]:
+def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, "layers batch evicted kv_dim"]:
     """Keys of evicted tokens in the space that the adapter folds."""
     adapter = policy.adapter
     assert adapter is not None

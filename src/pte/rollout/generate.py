@@ -46,7 +46,7 @@ class Prefilled:
 
 @dataclass
 class RunningSequence:
-    """Host-side account of the sequence in one slot; None in `tokens` never occurs: the first token is drawn at once."""
+    """Host-side account of the sequence in one slot; its first token is drawn as it is admitted."""
 
     order: int
     request: RolloutRequest
@@ -90,13 +90,9 @@ class RolloutEngine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; use for example 64")
         if temperature < 0:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or above, got {temperature}; use for example 1.0"
-            )
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}; use for example 1.0")
         if state_control == "shuffled" and slots < 2:
-            raise ValueError(
-                f"state_control 'shuffled' needs at least 2 slots, got {slots}; use for example 64"
-            )
+            raise ValueError(f"state_control 'shuffled' needs at least 2 slots, got {slots}; use for example 64")
         self.policy = policy
         self.slots = slots
         self.max_new_tokens = max_new_tokens
@@ -231,7 +227,7 @@ class RolloutEngine:
         self.entered[rows] = 0
         if self.states is not None and self.first is not None and self.reads is not None:
             self.states[:, rows] = self.first[:, None]
-            self.reads[:, rows] = read_state(self.policy, self.first[:, None])
+            self.reads[:, rows] = self.read(self.first[:, None])
         logprobs = torch.stack([prompt.logprobs for prompt in prompts])
         drawn = draw_tokens(logprobs, self.uniforms[rows, 0], greedy=self.temperature == 0)
         self.current[rows] = drawn
@@ -304,7 +300,13 @@ class RolloutEngine:
         if self.states is not None and self.reads is not None and self.folds:
             updated = fold(self.policy, self.states[:, rows], evicted)
             self.states[:, rows] = updated
-            self.reads[:, rows] = read_state(self.policy, updated)
+            self.reads[:, rows] = self.read(updated)
+
+    def read(self, states: Float[Tensor, "layers rows rank rank"]) -> Float[Tensor, "layers rows rank rank"]:
+        """What the adapters read of running states."""
+        reads = read_state(self.policy, states)
+        assert reads is not None
+        return reads
 
     @property
     def folds(self) -> bool:

@@ -32,9 +32,7 @@ class RolloutRequest:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(
-                "a prompt must have at least 1 token, got none; check the problem and its template"
-            )
+            raise ValueError("a prompt must have at least 1 token, got none; check the problem and its template")
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,7 @@ def collate(
     for name, sequences in (("prompt", prompts), ("completion", completions)):
         for index, sequence in enumerate(sequences):
             if not sequence:
-                raise ValueError(
-                    f"every {name} must have at least 1 token, {name} {index} has none; leave it out"
-                )
+                raise ValueError(f"every {name} must have at least 1 token, {name} {index} has none; leave it out")
 
     def lengths(sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor([len(sequence) for sequence in sequences], device=device)
@@ -146,9 +142,7 @@ def collate_rollouts(rollouts: Sequence[Rollout], *, device: torch.device | str 
     """
     temperatures = {rollout.temperature for rollout in rollouts}
     if len(temperatures) != 1:
-        raise ValueError(
-            f"rollouts of one batch must share a temperature, got {sorted(temperatures)}; split the batch"
-        )
+        raise ValueError(f"rollouts of one batch must share a temperature, got {sorted(temperatures)}; split the batch")
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
@@ -189,6 +183,4 @@ def logprob_gap(
 ) -> LogprobGap:
     """Gap between replayed and recorded log-probs over the real tokens."""
     gap = (policy_logprobs.detach() - rollout_logprobs)[completion_mask].double()
-    return LogprobGap(
-        max=gap.abs().max().item(), mean=gap.abs().mean().item(), kl=(gap.exp() - gap - 1).mean().item()
-    )
+    return LogprobGap(max=gap.abs().max().item(), mean=gap.abs().mean().item(), kl=(gap.exp() - gap - 1).mean().item())

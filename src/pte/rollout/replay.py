@@ -28,7 +28,7 @@ from pte.model.segment import first_state, fold
 from pte.rollout.walk import StretchInputs, Walk, batch_stretches, run_stretch, score, segment_states
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from pte.method.schedule import Stretch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pte.rollout.record import ReplayBatch
 
 GradientMode = Literal["chain", "exact", "horizon"]
-STATE_BYTES_FRACTION = 0.05
+STATE_BYTES_FRACTION = 0.02
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ class Replay(nn.Module):
                 return (*self.scores(inputs, hidden, batch=batch, with_entropy=True), new_keys, new_values)
 
             stacked = None if states is None else torch.stack(states, dim=2)
-            chosen, entropy, keys, values = checkpoint(
-                run, cache_keys, cache_values, stacked, use_reentrant=False
-            )
+            chosen, entropy, keys, values = checkpoint(run, cache_keys, cache_values, stacked, use_reentrant=False)
             state = None if states is None else states[-1]
             walk.store(stretch, inputs, keys=keys, values=values, graph=True)
             logprobs = logprobs.view(-1).index_put((inputs.places,), chosen).view_as(logprobs)
@@ -298,8 +296,9 @@ class Replay(nn.Module):
                     collected=collected,
                 )
             if grad is not None:
-                total = padded_rows(grad, first.shape[1])  # type: ignore[union-attr]
-                grad_first = total if grad_first is None else grad_first + total
+                assert first is not None
+                total = padded_rows(grad, first.shape[1])
+                grad_first = total if grad_first is None or total is None else grad_first + total
             walk.store(stretch, inputs, keys=keys, values=values, graph=False)
         self.first_state_gradients(grad_first, collected)
 
@@ -364,7 +363,7 @@ class GradientSum:
 class History:
     """What a `chain` backward needs of the forward walk: keys and values in host memory, and a few states.
 
-    A state is kept at the start of every `stride`-th stretch, so that states take at most about 5 % of the bytes of
+    A state is kept at the start of every `stride`-th stretch, so that states take at most about 2 % of the bytes of
     the keys and values; the ones between are folded again.
 
     Args:
@@ -420,9 +419,7 @@ class History:
         rows = indices.shape[0]
         walk.cache = cache = walk.cache.select(slice(0, rows))
         prompt, device = cache.prompt_slots, cache.keys.device
-        cache.keys[:, :, :, :prompt], cache.values[:, :, :, :prompt] = (
-            part[:, :rows] for part in self.prompt
-        )
+        cache.keys[:, :, :, :prompt], cache.values[:, :, :, :prompt] = (part[:, :rows] for part in self.prompt)
         where = indices[None, :, None, :, None].expand(
             self.keys.shape[0], -1, self.keys.shape[2], -1, self.keys.shape[4]
         )
@@ -469,6 +466,4 @@ def padded_rows(x: Tensor | None, rows: int) -> Tensor | None:
 
 def take_rows(block: EvictedTokens, rows: int) -> EvictedTokens:
     """The evicted tokens of the first sequences."""
-    return EvictedTokens(
-        keys=block.keys[:, :rows], values=block.values[:, :rows], positions=block.positions[:rows]
-    )
+    return EvictedTokens(keys=block.keys[:, :rows], values=block.values[:, :rows], positions=block.positions[:rows])

@@ -42,9 +42,7 @@ def draw_tokens(
         return logprobs.argmax(dim=-1)
     cumulative = logprobs.exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    point = torch.minimum(
-        uniforms[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total))
-    )
+    point = torch.minimum(uniforms[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, point, right=True)[:, 0]
 
 

@@ -110,7 +110,8 @@ class Walk:
         )
         nothing = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
         width = prompt + stretch.stop
-        scored, places = [], []
+        scored: list[int] = []
+        places: list[int] = []
         prompt_lengths = batch.prompt_lengths.tolist()
         for row, length in enumerate(self.lengths):
             last = min(length - 1, stretch.stop)
@@ -138,13 +139,12 @@ class Walk:
         reasoning = torch.arange(stretch.start, stretch.start + width, device=device)
         inside = reasoning.clamp(max=batch.completion_ids.shape[1] - 1)
         evicted_slots, kept = self.plan_evictions(stretch, active)
-        scored, places = [], []
+        scored: list[int] = []
+        places: list[int] = []
         for row, length in enumerate(self.lengths[:active]):
             last = min(length - 1, stretch.stop)
             scored.extend(row * width + token - stretch.start for token in range(stretch.start, last))
-            places.extend(
-                row * batch.completion_ids.shape[1] + token + 1 for token in range(stretch.start, last)
-            )
+            places.extend(row * batch.completion_ids.shape[1] + token + 1 for token in range(stretch.start, last))
         return self.inputs(
             batch.completion_ids[:active, inside].reshape(active * segments, block),
             (batch.prompt_lengths[:active, None] + reasoning).reshape(active * segments, block),
@@ -227,9 +227,7 @@ class Walk:
             )
         ]
 
-    def store(
-        self, stretch: Stretch, inputs: StretchInputs, *, keys: Tensor, values: Tensor, graph: bool
-    ) -> None:
+    def store(self, stretch: Stretch, inputs: StretchInputs, *, keys: Tensor, values: Tensor, graph: bool) -> None:
         """Writes what a stretch added into the cache; the last stretch's need not be.
 
         Args:

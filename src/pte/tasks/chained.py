@@ -29,6 +29,8 @@ VARIABLE_NAMES = (*UPPER, *UPPER.lower(), *(2 * letter for letter in UPPER[:8]))
 MAX_MODULUS = 10
 MAX_STATEMENTS = 63
 HELDOUT_ONE_IN = 8
+PAIR_TRIES = 50
+"""Draws before a pair of operands that an earlier statement has is accepted."""
 CONSTANT_FRACTION = 1 / 8
 """How often one operand is a constant although results are at a permitted distance."""
 
@@ -85,8 +87,9 @@ def generate_problems(
         num_statements: Statements in a prompt; the trace has ten times as many tokens, plus four.
         num_constants: Variables whose values the prompt gives, 2 or more.
         modulus: Sums are taken modulo this, 2 to 10.
-        min_distance: Fewest statements between a result and the statement that uses it; 1 is the
-            statement right after it. While no result is far enough back, operands are constants.
+        min_distance: Fewest statements between the last mention of a result (where it is computed,
+            or used as an operand) and its next use; 1 is the statement right after it. Where no
+            result is far enough back, operands are constants.
         max_distance: Most statements between the two; None sets no upper bound.
 
     Raises:
@@ -193,10 +196,14 @@ def _draw_statements(
     """(operand, operand, result) of each statement; no two add the same pair of variables."""
     statements: list[tuple[str, str, str]] = []
     pairs_used: set[frozenset[str]] = set()
+    last_mention: dict[str, int] = {}
     for index, result in enumerate(results):
-        first = max(0, index - shape.max_distance)
-        reachable = results[first : max(0, index - shape.min_distance + 1)]
-        while True:
+        reachable = [
+            name
+            for name, mention in last_mention.items()
+            if shape.min_distance <= index - mention <= shape.max_distance
+        ]
+        for _ in range(PAIR_TRIES):
             if not reachable:
                 left, right = rng.sample(constants, 2)
             elif len(reachable) == 1 or rng.random() < CONSTANT_FRACTION:
@@ -209,6 +216,8 @@ def _draw_statements(
             if pair not in pairs_used:
                 break
         pairs_used.add(pair)
+        last_mention[result] = index
+        last_mention.update((name, index) for name in (left, right) if name in last_mention)
         statements.append((left, right, result))
     return statements
 

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -100,27 +101,26 @@ def chained_task(
 ) -> Task:
     """The embedded task; held-out problems never occur in training (`chained.split_of`)."""
     blocks: dict[int, list[TrainingProblem]] = {}
-    shape = {
-        "num_statements": num_statements,
-        "num_constants": num_constants,
-        "modulus": modulus,
-        "min_distance": min_distance,
-        "max_distance": max_distance,
-    }
+    draw = partial(
+        generate_problems,
+        num_statements=num_statements,
+        num_constants=num_constants,
+        modulus=modulus,
+        min_distance=min_distance,
+        max_distance=max_distance,
+    )
 
     def training(position: int) -> TrainingProblem:
         block, offset = divmod(position, GENERATED_AT_ONCE)
         if block not in blocks:
             blocks.clear()
-            drawn = generate_problems(
-                GENERATED_AT_ONCE, seed=mixed_seed(seed, block), split="train", **shape
-            )
+            drawn = draw(GENERATED_AT_ONCE, seed=mixed_seed(seed, block), split="train")
             blocks[block] = [
                 TrainingProblem(Problem(one.id, one.problem, one.answer, one.source), one.trace) for one in drawn
             ]
         return blocks[block][offset]
 
-    heldout = generate_problems(eval_problems, seed=seed, split="heldout", **shape)
+    heldout = draw(eval_problems, seed=seed, split="heldout")
     reward = exact_reward(parse_answer)
     return Task(
         tokenizer=tokenizer,

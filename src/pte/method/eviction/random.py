@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def mix64(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Finaliser of splitmix64 on int64 with wrap-around (Steele, Lea and Flood, 2014): a bijection that spreads bits."""
+    """Finaliser of splitmix64 on int64 with wrap-around: a bijection that spreads bits (Steele et al., 2014)."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
     return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -29,9 +29,7 @@ class AttentionSinks:
 
     def __init__(self, sink_tokens: int) -> None:
         if sink_tokens < 1:
-            raise ValueError(
-                f"sink_tokens must be at least 1, got {sink_tokens}; use policy 'window' for no sinks"
-            )
+            raise ValueError(f"sink_tokens must be at least 1, got {sink_tokens}; use policy 'window' for no sinks")
         self.sink_tokens = sink_tokens
 
     def evicted_slots(

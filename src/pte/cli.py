@@ -1,0 +1,191 @@
+"""The command `pte`: train, distill, eval, generate, compare, bench.
+
+Decides: how an experiment file, a saved adapter's options and the user's flags become one configuration (in this
+order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pte.config import ExperimentConfig
+
+Flattened = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
+
+OVERVIEW = """usage: pte COMMAND [EXPERIMENT.toml] [flags]
+
+Train reasoning models by RL while their KV cache never exceeds a fixed budget.
+
+commands:
+  train     warm start and GRPO of one policy, then its evaluation
+  distill   the warm start alone
+  eval      accuracy, length, evictions and cache bytes of a policy on problem sets
+  generate  completions of prompts under a bounded cache
+  compare   the main job: base, LoRA and PTE arms from one experiment file, a table and a figure
+  bench     speed and memory against Transformers, in one run
+
+examples:
+  pte compare configs/embedded.toml
+  pte train configs/gsm8k.toml --train.steps 20 --run.name try
+  pte train configs/gsm8k.toml --dry-run
+  pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte
+  pte eval --cache.policy none --eval.problems 128
+  pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
+  pte bench --preset cpu
+
+`pte COMMAND --help` lists the flags of a command."""
+
+EXAMPLES = {
+    "train": "pte train configs/gsm8k.toml --train.steps 20 --run.name try\n"
+    "  pte train configs/gsm8k.toml --dry-run\n  pte train configs/gsm8k.toml --run.name try --run.resume",
+    "distill": "pte distill configs/embedded.toml --distill.steps 200 --run.name warm",
+    "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
+    "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
+    "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
+    "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
+    "bench": "pte bench --preset cpu --output cpu.json",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Warm start and GRPO of one policy."""
+
+    experiment: Flattened
+    dry_run: bool = False
+    """Run the worst case once (longest prompt, longest completion, one update), print its peak memory, keep nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareArguments:
+    """Base, LoRA and PTE arms of one experiment."""
+
+    experiment: Flattened
+    workers: int | None = None
+    """Arms trained at once, one CPU thread each; unset for one per core (on a GPU: 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArguments:
+    """Scores of a policy on problem sets."""
+
+    experiment: Flattened
+    train_path: str | None = None
+    """Training problems of the policy: warns where the evaluation sets overlap with them."""
+    output: str | None = None
+    """Write the scores to this JSON file."""
+    completions: str | None = None
+    """Write every completion to this JSONL file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateArguments:
+    """Completions under a bounded cache."""
+
+    experiment: Flattened
+    prompt: tuple[str, ...] = ()
+    """Problems to complete; one argument each."""
+    problems: str | None = None
+    """JSONL file of problems to complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchArguments:
+    """Speed and memory against Transformers."""
+
+    preset: str = "cpu"
+    """What is measured; `cpu` is the tiny configuration."""
+    output: str | None = None
+    """Write the result to this JSON file."""
+
+
+ARGUMENTS = {
+    "train": TrainArguments,
+    "distill": TrainArguments,
+    "eval": EvalArguments,
+    "generate": GenerateArguments,
+    "compare": CompareArguments,
+    "bench": BenchArguments,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0 done, 2 bad input, 3 stopped by a safety check."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return 0 if words else 2
+    command = words[0]
+    if command not in ARGUMENTS:
+        import difflib
+
+        close = difflib.get_close_matches(command, ARGUMENTS, n=1)
+        print(f"pte: unknown command {command!r}; " + (f"did you mean {close[0]!r}?" if close else "see pte --help"))
+        return 2
+    try:
+        parsed = parse(command, words[1:])
+        from pte import commands
+
+        commands.run(command, parsed)
+    except KeyboardInterrupt:
+        print("\npte: interrupted; a run goes on with --run.resume", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"pte {command}: {error}", file=sys.stderr)
+        return 3 if type(error).__name__ == "TrainingStopped" else 2
+    return 0
+
+
+def parse(command: str, words: Sequence[str]) -> object:
+    """The arguments of a command.
+
+    Args:
+        command: Its name.
+        words: What the user wrote after it: perhaps an experiment file, then flags.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: The file or a flag is wrong.
+    """
+    kind = ARGUMENTS[command]
+    words = list(words)
+    if kind is not BenchArguments:
+        from pte.config_file import flags_from_file, refuse_flags
+
+        refuse_flags(words)
+        file_flags = flags_from_file(words.pop(0)) if words and not words[0].startswith("-") else []
+        words = [*file_flags, *adapter_flags([*file_flags, *words]), *words]
+    return tyro.cli(
+        kind,
+        prog=f"pte {command}",
+        description=f"{kind.__doc__}\n\nexamples:\n  {EXAMPLES[command]}",
+        args=words,
+    )
+
+
+def adapter_flags(flags: Sequence[str]) -> list[str]:
+    """Flags with the options of the adapter that `--adapter.checkpoint` names, so that nobody repeats them."""
+    path = None
+    for index, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name == "--adapter.checkpoint":
+            path = value if equals else (flags[index + 1] if index + 1 < len(flags) else None)
+    if path is None:
+        return []
+    from pte.checkpoint import load_adapter
+
+    _, metadata = load_adapter(Path(path))
+    options: list[str] = []
+    for name, option in metadata.options.items():
+        options.append(f"--adapter.{name.replace('_', '-')}")
+        options += [str(item) for item in option] if isinstance(option, list) else [str(option)]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

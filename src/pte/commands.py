@@ -1,0 +1,271 @@
+"""What each command does with its arguments: build, run with a progress bar, print a table, write a summary.
+
+Decides: what a person sees. Does not know how anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pte.compare import compare
+from pte.dry_run import dry_run
+from pte.figures import learning_curve
+from pte.learn.stage import StepResult
+from pte.learn.trainer import Run, open_run, train
+from pte.rollout.generate import RolloutEngine
+from pte.rollout.record import Rollout, RolloutRequest
+from pte.rollout.sampling import stream_seed
+from pte.run_record import MetricsLog, replace_synced
+from pte.session import Session, open_session
+from pte.tasks.evaluate import Evaluation, evaluate
+from pte.tasks.overlap import overlap_warnings
+from pte.tasks.problems import Problem, load_problems
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pte.checkpoint_files import Json
+    from pte.cli import BenchArguments, CompareArguments, EvalArguments, GenerateArguments, TrainArguments
+    from pte.config import ExperimentConfig
+    from pte.tasks.evaluate import EvaluatedCompletion
+
+LINES_WITHOUT_TERMINAL = 20
+
+
+def run(command: str, arguments: object) -> None:
+    """Runs a parsed command."""
+    console = Console()
+    {
+        "train": train_command,
+        "distill": distill_command,
+        "eval": eval_command,
+        "generate": generate_command,
+        "compare": compare_command,
+        "bench": bench_command,
+    }[command](arguments, console)  # type: ignore[operator]
+
+
+def distill_command(arguments: TrainArguments, console: Console) -> None:
+    """The warm start alone."""
+    experiment = arguments.experiment
+    if not experiment.distill.steps:
+        raise ValueError("distill.steps must be at least 1 for pte distill, got 0; set --distill.steps 500")
+    only = replace(experiment, train=replace(experiment.train, steps=0))
+    train_command(replace(arguments, experiment=only), console)
+
+
+def train_command(arguments: TrainArguments, console: Console) -> None:
+    """Warm start and GRPO, then the evaluation; writes summary.json and curve.png."""
+    config = arguments.experiment
+    if arguments.dry_run:
+        console.print(dry_run(config))
+        return
+    started = time.perf_counter()
+    run = open_run(config)
+    adapter = run.session.policy.adapter
+    assert adapter is not None
+    console.print(
+        f"run [bold]{run.directory}[/]: {sum(p.numel() for p in adapter.parameters()):,} trainable parameters, "
+        f"steps {run.done_steps} of {run.total_steps} done"
+    )
+    with step_progress(run, console) as on_step:
+        train(run, on_step=on_step)
+    evaluations, _ = evaluate_sets(run.session, config, console)
+    summary = {
+        "run": str(run.directory),
+        "seconds": time.perf_counter() - started,
+        "steps": run.total_steps,
+        "evaluations": {name: evaluation.as_json() for name, evaluation in evaluations.items()},
+        "last_metrics": last_metrics(run),
+    }
+    replace_synced(run.directory / "summary.json", json.dumps(summary, indent=2).encode())
+    learning_curve(run.directory / "metrics.jsonl", run.directory / "curve.png")
+    console.print(evaluation_table(evaluations.values()))
+    console.print(f"summary, metrics and curve.png in [bold]{run.directory}[/]")
+
+
+def last_metrics(run: Run) -> dict[str, object]:
+    """The last line of metrics.jsonl."""
+    lines = (run.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last: dict[str, object] = json.loads(lines[-1])
+    return last
+
+
+@contextmanager
+def step_progress(run: Run, console: Console) -> Iterator[Callable[[str, int, StepResult], None]]:
+    """A progress bar over steps; without a terminal, a line now and then. Warnings are printed once each."""
+    every = max(1, run.total_steps // LINES_WITHOUT_TERMINAL)
+    seen: set[str] = set()
+    with bar(console) as progress:
+        task = progress.add_task("start", total=run.total_steps, completed=run.done_steps)
+
+        def on_step(stage: str, step: int, result: StepResult) -> None:
+            metrics = result.metrics
+            shown = [
+                f"{label} {metrics[key]:.3g}"
+                for label, key in (
+                    ("loss", "loss"),
+                    ("reward", "reward"),
+                    ("tokens", "completion_tokens"),
+                    ("gap", "logprob_gap_max"),
+                )
+                if key in metrics
+            ]
+            progress.update(task, completed=step, description=f"{stage} {' '.join(shown)}")
+            if not console.is_terminal and (step % every == 0 or step == run.total_steps):
+                console.print(f"step {step}/{run.total_steps} {stage} {' '.join(shown)}", highlight=False)
+            for warning in result.warnings:
+                kind = warning.split(":")[0][:40]
+                if kind not in seen:
+                    seen.add(kind)
+                    console.print(f"[yellow]warning[/] step {step}: {warning}")
+
+        yield on_step
+
+
+def bar(console: Console) -> Progress:
+    """The one look of a progress bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def evaluate_sets(
+    session: Session, config: ExperimentConfig, console: Console
+) -> tuple[dict[str, Evaluation], list[EvaluatedCompletion]]:
+    """Scores of a session's policy on all evaluation sets of its task."""
+    evaluations: dict[str, Evaluation] = {}
+    completions = []
+    for name, problems in session.task.evaluation.items():
+        with bar(console) as progress:
+            total = len(problems) * config.eval.samples_per_problem
+            task = progress.add_task(f"evaluating {name}", total=total)
+
+            def on_finish(rollout: Rollout, progress: Progress = progress, task: object = task) -> None:
+                progress.advance(task)  # type: ignore[arg-type]
+
+            evaluations[name], done = evaluate(
+                session.policy,
+                session.task,
+                name=name,
+                samples_per_problem=config.eval.samples_per_problem,
+                temperature=config.eval.temperature,
+                max_new_tokens=config.eval.max_new_tokens,
+                slots=config.rollout.slots,
+                pass_at=config.eval.pass_at,
+                seed=config.run.seed,
+                state_control=config.eval.state_control,
+                allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+                on_finish=on_finish,
+            )
+            completions += done
+    return evaluations, completions
+
+
+def eval_command(arguments: EvalArguments, console: Console) -> None:
+    """Scores as a table and, where asked for, as JSON."""
+    config = arguments.experiment
+    if arguments.train_path is not None:
+        for path in config.task.eval_paths:
+            for warning in overlap_warnings(arguments.train_path, path):
+                console.print(f"[yellow]warning[/]: {warning}")
+    session = open_session(config)
+    if not session.task.evaluation:
+        raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
+    evaluations, completions = evaluate_sets(session, config, console)
+    console.print(evaluation_table(evaluations.values()))
+    if arguments.output is not None:
+        content = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
+        replace_synced(Path(arguments.output), json.dumps(content, indent=2).encode())
+    if arguments.completions is not None:
+        rows: list[dict[str, Json]] = [
+            {
+                "id": one.problem.id,
+                "answer": one.problem.answer,
+                "right": one.right,
+                "completion": one.text,
+                "tokens": len(one.rollout.completion_ids),
+            }
+            for one in completions
+        ]
+        Path(arguments.completions).unlink(missing_ok=True)
+        MetricsLog(arguments.completions).append(0, rows)
+
+
+def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
+    """Scores and costs, a line a set."""
+    table = Table(title="held-out problems")
+    for header in ("set", "problems", "accuracy", "95 %", "pass@k", "tokens", "cut off", "evictions", "cache"):
+        table.add_column(header, justify="left" if header == "set" else "right")
+    for one in evaluations:
+        table.add_row(
+            one.name,
+            f"{one.problems} x {one.samples_per_problem}",
+            f"{100 * one.accuracy:.1f} %",
+            f"{100 * one.ci95[0]:.1f} to {100 * one.ci95[1]:.1f}",
+            " ".join(f"@{k} {100 * value:.1f}" for k, value in one.pass_at.items()),
+            f"{one.completion_tokens:.0f}",
+            f"{100 * one.cut_off_fraction:.0f} %",
+            f"{one.evictions:.1f}",
+            f"{one.peak_cache_bytes / 2**20:.1f} MiB",
+        )
+    return table
+
+
+def generate_command(arguments: GenerateArguments, console: Console) -> None:
+    """Completions of the given problems, as text."""
+    config = arguments.experiment
+    texts = [Problem(f"prompt-{index}", text, "", "command line") for index, text in enumerate(arguments.prompt)]
+    if arguments.problems is not None:
+        texts += load_problems(arguments.problems)
+    if not texts:
+        raise ValueError("pte generate needs problems, got none; set --prompt TEXT or --problems FILE")
+    session = open_session(config)
+    requests = [
+        RolloutRequest(session.task.prompt_ids(problem), stream_seed(config.run.seed, "generate", problem.id))
+        for problem in texts
+    ]
+    engine = RolloutEngine(
+        session.policy,
+        slots=config.rollout.slots,
+        max_new_tokens=config.eval.max_new_tokens,
+        temperature=config.eval.temperature,
+        stop_token_ids=session.task.stop_token_ids,
+        allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+    )
+    for problem, rollout in zip(texts, engine.run(requests), strict=True):
+        console.rule(problem.id)
+        console.print(problem.problem, style="dim", markup=False)
+        console.print(session.task.text(rollout.completion_ids), markup=False, highlight=False)
+        console.print(
+            f"{len(rollout.completion_ids)} tokens, {rollout.evictions} evictions, ended by {rollout.finish_reason}",
+            style="dim",
+        )
+
+
+def compare_command(arguments: CompareArguments, console: Console) -> None:
+    """The main job."""
+    compare(arguments.experiment, workers=arguments.workers, console=console, progress=bar(console))
+
+
+def bench_command(arguments: BenchArguments, console: Console) -> None:
+    """The benchmark; it prints its own table and, as the last line, one JSON object."""
+    from pte.bench import run_preset
+
+    run_preset(arguments.preset, output=None if arguments.output is None else Path(arguments.output))

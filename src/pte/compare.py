@@ -1,0 +1,334 @@
+"""The main job: base, LoRA and PTE from one base, with equal steps and rollouts, in one table and one figure.
+
+Decides: the arms, how they differ (kind of adapter, cache, control of the state) and nothing else, what the summary
+holds. Each trained arm is an ordinary run in its own directory, so an interrupted comparison goes on where it was.
+
+Arms, after the paper's tables: `base_full`, `base_window`; `lora_full`; `lora_window` (the paper's LoRA_c); `pte`;
+controls of the trained PTE arm: `pte_zeroed` and `pte_shuffled` (every sequence reads another sequence's state).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pte.figures import compare_figure, read_metrics
+from pte.run_record import commit, hardware, replace_synced
+
+if TYPE_CHECKING:
+    from pte.checkpoint_files import Json
+    from pte.config import ExperimentConfig
+
+TRAINED = ("pte", "lora_window", "lora_full")
+ARMS = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
+RESULT_FILE = "result.json"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """What an arm reached.
+
+    Args:
+        accuracy: On held-out problems.
+        ci95: Its 95 % interval.
+        peak_cache_bytes: Keys and values of all slots of the evaluation.
+        seconds: Wall time of training and scoring.
+    """
+
+    accuracy: float
+    ci95: tuple[float, float]
+    peak_cache_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json.
+
+    Args:
+        commit: Of the checkout.
+        hardware: Of the machine.
+        seconds: Wall time of this call.
+        window_tokens: Reasoning tokens kept.
+        evict_tokens: Reasoning tokens evicted at once.
+        trace_tokens: Length of a right trace; None where it varies.
+        heldout_problems: Problems scored.
+        distill_steps: Warm-start steps of every trained arm.
+        grpo_steps: GRPO steps of every trained arm.
+        max_logprob_gap: Largest gap between rollout and replay over all steps of all arms, nats.
+        gap_closed: (pte - lora_window) / (lora_full - lora_window); None without a gap.
+        warm_start_reward: PTE's accuracy after the warm start.
+        warm_start_ci95: Its 95 % interval.
+        final_reward: PTE's accuracy in the end.
+        arms: By name.
+    """
+
+    commit: str | None
+    hardware: dict[str, Json]
+    seconds: float
+    window_tokens: int
+    evict_tokens: int
+    trace_tokens: int | None
+    heldout_problems: int
+    distill_steps: int
+    grpo_steps: int
+    max_logprob_gap: float
+    gap_closed: float | None
+    warm_start_reward: float
+    warm_start_ci95: tuple[float, float]
+    final_reward: float
+    arms: dict[str, ArmScore]
+
+
+def arm_config(config: ExperimentConfig, arm: str) -> ExperimentConfig:
+    """The experiment of one arm: the same but for adapter, cache and control."""
+    adapter = config.adapter
+    if arm.startswith("base"):
+        adapter = replace(adapter, kind="none")
+    elif arm.startswith("lora"):
+        adapter = replace(adapter, kind="lora")
+    cache = replace(config.cache, policy="none") if arm.endswith("_full") else config.cache
+    scores = config.eval
+    if arm == "pte_zeroed":
+        scores = replace(scores, state_control="zeroed")
+    elif arm == "pte_shuffled":
+        scores = replace(scores, state_control="shuffled")
+    run = replace(config.run, name=arm, output_dir=str(Path(config.run.output_dir) / config.run.name), resume=False)
+    return replace(
+        config,
+        adapter=adapter,
+        cache=cache,
+        eval=scores,
+        run=run,
+    )
+
+
+def run_arm(config: ExperimentConfig, arm: str) -> None:
+    """Trains and scores one arm in this process; writes result.json, and warm_start.json between the stages.
+
+    Args:
+        config: Of the whole comparison.
+        arm: One that is trained, or a base arm, which is only scored.
+    """
+    import torch
+
+    from pte.learn.trainer import open_run, train
+    from pte.run_record import RECORD_FILE
+    from pte.session import open_session
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    own = arm_config(config, arm)
+    directory = Path(own.run.output_dir) / arm
+    result: dict[str, Json] = {}
+    if arm in TRAINED:
+        own = replace(own, run=replace(own.run, resume=(directory / RECORD_FILE).is_file()))
+        run = open_run(own)
+        session = run.session
+
+        def on_step(stage: str, step: int, _: object) -> None:
+            if stage == "distill" and step == own.distill.steps:
+                scores = score(own, session)
+                replace_synced(directory / "warm_start.json", json.dumps(scores).encode())
+
+        train(run, on_step=on_step)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        session = open_session(own)
+    result[arm] = score(own, session)
+    if arm == "pte":
+        for control in ("pte_zeroed", "pte_shuffled"):
+            result[control] = score(arm_config(config, control), session)
+    result["seconds"] = time.perf_counter() - started
+    replace_synced(directory / RESULT_FILE, json.dumps(result, indent=2).encode())
+
+
+def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
+    """Accuracy of a session's policy on the first evaluation set of its task."""
+    from pte.session import Session
+    from pte.tasks.evaluate import evaluate
+
+    assert isinstance(session, Session)
+    evaluation, _ = evaluate(
+        session.policy,
+        session.task,
+        name=next(iter(session.task.evaluation)),
+        samples_per_problem=config.eval.samples_per_problem,
+        temperature=config.eval.temperature,
+        max_new_tokens=config.eval.max_new_tokens,
+        slots=config.rollout.slots,
+        pass_at=config.eval.pass_at,
+        seed=config.run.seed,
+        state_control=config.eval.state_control,
+        allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+    )
+    return evaluation.as_json()
+
+
+def compare(config: ExperimentConfig, *, workers: int | None, console: Console, progress: Progress) -> None:
+    """Runs all arms and writes summary.json, arms.png and a table.
+
+    Args:
+        config: Of the PTE arm; the others follow from it.
+        workers: Processes at once, one CPU thread each; None for one per core, on a GPU one.
+        console: For the table.
+        progress: For the bars.
+
+    Raises:
+        FileExistsError: The run directory is taken and `run.resume` is not set.
+        ValueError: The configuration cannot be compared.
+    """
+    if config.adapter.kind not in ("thought", "global_only") or config.cache.policy == "none":
+        raise ValueError(
+            f"pte compare needs the PTE arm's experiment, adapter.kind 'thought' under a bounded cache, got "
+            f"{config.adapter.kind!r} with cache.policy {config.cache.policy!r}; the other arms follow from it"
+        )
+    if not (config.distill.steps and config.train.steps):
+        raise ValueError("pte compare needs distill.steps and train.steps of at least 1; set both")
+    directory = Path(config.run.output_dir) / config.run.name
+    if directory.exists() and any(directory.iterdir()) and not config.run.resume:
+        raise FileExistsError(
+            f"run directory must be new, got {str(directory)!r}; go on with it by --run.resume, or set --run.name"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    jobs = [arm for arm in (*TRAINED, "base_full", "base_window") if not (directory / arm / RESULT_FILE).is_file()]
+    count = workers or (1 if config.model.device.startswith("cuda") else os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=count, mp_context=context) as pool, progress:
+        futures = {arm: pool.submit(run_arm, config, arm) for arm in jobs}
+        watch(futures, config=config, directory=directory, progress=progress, console=console)
+    seconds = time.perf_counter() - started
+    summary = summarise(config, directory, seconds=seconds)
+    replace_synced(directory / "summary.json", json.dumps(asdict(summary), indent=2).encode())
+    compare_figure(
+        summary.arms,
+        {arm: directory / arm / "metrics.jsonl" for arm in reversed(TRAINED)},
+        directory / "arms.png",
+        subtitle=f"window {summary.window_tokens} tokens, traces {summary.trace_tokens} tokens, "
+        f"{summary.heldout_problems} held-out problems, greedy, 95 % intervals",
+    )
+    console.print(arms_table(summary))
+    console.print(f"summary.json and arms.png in [bold]{directory}[/]")
+
+
+def watch(
+    futures: dict[str, Future[None]],
+    *,
+    config: ExperimentConfig,
+    directory: Path,
+    progress: Progress,
+    console: Console,
+) -> None:
+    """Shows the progress of all arms until they are done; the first failure ends the rest.
+
+    Raises:
+        Exception: What an arm raised.
+    """
+    total = config.distill.steps + config.train.steps
+    tasks = {arm: progress.add_task(arm, total=total if arm in TRAINED else 1) for arm in futures}
+    done: set[str] = set()
+    while len(done) < len(futures):
+        time.sleep(POLL_SECONDS)
+        for arm, future in futures.items():
+            if arm in done:
+                continue
+            metrics = directory / arm / "metrics.jsonl"
+            if arm in TRAINED and metrics.is_file():
+                lines = metrics.read_bytes().splitlines()
+                progress.update(tasks[arm], completed=len(lines), description=described(arm, lines))
+            if future.done():
+                done.add(arm)
+                try:
+                    future.result()
+                except BaseException:
+                    for other in futures.values():
+                        other.cancel()
+                    raise
+                progress.update(tasks[arm], completed=total if arm in TRAINED else 1, description=f"{arm} done")
+                if not console.is_terminal:
+                    console.print(f"{arm} done", highlight=False)
+
+
+def described(arm: str, lines: list[bytes]) -> str:
+    """What a bar says of the last whole line of metrics."""
+    try:
+        row = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return arm
+    key = "reward" if row["stage"] == "grpo" else "loss"
+    return f"{arm} {row['stage']} {key} {row[key]:.3f}"
+
+
+def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> Summary:
+    """The summary of all arms, from their files alone."""
+    results = {
+        arm: json.loads((directory / arm / RESULT_FILE).read_text()) for arm in (*TRAINED, "base_full", "base_window")
+    }
+    scores = {arm: results[arm if arm in results else "pte"][arm] for arm in ARMS}
+    arms = {
+        arm: ArmScore(
+            accuracy=one["accuracy"],
+            ci95=(one["ci95"][0], one["ci95"][1]),
+            peak_cache_bytes=one["peak_cache_bytes"],
+            seconds=results[arm]["seconds"] if arm in results else one["seconds"],
+        )
+        for arm, one in scores.items()
+    }
+    low, high = arms["lora_window"].accuracy, arms["lora_full"].accuracy
+    rows = [row for arm in TRAINED for row in read_metrics(directory / arm / "metrics.jsonl")]
+    warm = json.loads((directory / "pte" / "warm_start.json").read_text())
+    return Summary(
+        commit=commit(),
+        hardware=hardware(),
+        seconds=seconds,
+        window_tokens=config.cache.window_tokens,
+        evict_tokens=config.cache.evict_tokens,
+        trace_tokens=10 * config.task.num_statements + 4 if config.task.kind == "chained" else None,
+        heldout_problems=scores["pte"]["problems"],
+        distill_steps=config.distill.steps,
+        grpo_steps=config.train.steps,
+        max_logprob_gap=max(float(row["logprob_gap_max"] or 0) for row in rows if "logprob_gap_max" in row),
+        gap_closed=(arms["pte"].accuracy - low) / (high - low) if high > low else None,
+        warm_start_reward=warm["accuracy"],
+        warm_start_ci95=(warm["ci95"][0], warm["ci95"][1]),
+        final_reward=arms["pte"].accuracy,
+        arms=arms,
+    )
+
+
+def arms_table(summary: Summary) -> Table:
+    """The table that ends the main job."""
+    table = Table(
+        title=f"window {summary.window_tokens} tokens, traces {summary.trace_tokens} tokens, "
+        f"{summary.heldout_problems} held-out problems"
+    )
+    for header in ("arm", "accuracy", "95 % interval", "cache", "wall time"):
+        table.add_column(header, justify="left" if header == "arm" else "right")
+    for name, arm in summary.arms.items():
+        low, high = arm.ci95
+        table.add_row(
+            name,
+            f"{100 * arm.accuracy:.1f} %",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{arm.peak_cache_bytes / 2**20:.2f} MiB",
+            f"{arm.seconds:.0f} s",
+        )
+    closed = "no gap" if summary.gap_closed is None else f"{100 * summary.gap_closed:.0f} %"
+    table.caption = (
+        f"gap from LoRA_c to full-cache LoRA closed by PTE: {closed}; GRPO moved PTE's reward from "
+        f"{summary.warm_start_reward:.3f} to {summary.final_reward:.3f}; largest gap between rollout and replay "
+        f"{summary.max_logprob_gap:.1e} nats; {summary.seconds:.0f} s"
+    )
+    return table

@@ -1,0 +1,293 @@
+"""What a run is: one frozen dataclass per section of an experiment file, checked when it is made.
+
+Decides: the fields, their defaults and the rules that a value must obey before any work. Every refusal gives name,
+rule, value and remedy. Does not know: files and flags (`config_file.py`), nor what the fields are used for.
+There is no top-p and no top-k: the policy would then sample from another distribution than the one that is scored.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pte.config_rules import check_types, require, require_above_zero, require_at_least
+from pte.config_stages import DistillConfig, EvalConfig, RolloutConfig, TrainConfig
+from pte.method.schedule import EvictionSchedule
+
+LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+__all__ = [
+    "AdapterConfig",
+    "CacheConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "ExperimentConfig",
+    "LinearMap",
+    "ModelConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TaskConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base."""
+
+    path: str = "embedded"
+    """Directory or hub name of a Transformers causal LM; `embedded` is the tiny reasoner shipped with pte."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base's weights, keys and values; the adapter and its state are float32 in any case."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1` or `mps`."""
+    trust_remote_code: bool = False
+    """Run code that the checkpoint brings along."""
+    allow_beyond_trained_positions: bool = False
+    """Allow prompt plus completion to exceed the positions that the base was trained on."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(bool(self.path), "path", rule="name a model", value=self.path, remedy="use 'embedded'")
+        require(
+            re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device) is not None,
+            "device",
+            rule="be 'cpu', 'mps', 'cuda' or 'cuda:<index>'",
+            value=self.device,
+            remedy="use 'cpu' where there is no accelerator",
+        )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The trainable update on the base's linear maps, DeltaW = A S B."""
+
+    kind: Literal["thought", "global_only", "lora", "none"] = "thought"
+    """`thought`: evictions change S; `global_only`: S keeps its first value; `lora`: S = I; `none`: the base alone."""
+    rank: int = 32
+    """Of A, B and S. The paper uses 32."""
+    scale: float = 1.0
+    """Factor on the update."""
+    targets: tuple[LinearMap, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Adapted linear maps of every layer."""
+    update_rule: Literal["read", "paper"] = "read"
+    """`paper` normalises S at every eviction, `read` keeps the plain sum and normalises where it is read."""
+    key_space: Literal["pre_rotary", "post_rotary"] = "pre_rotary"
+    """Keys as they were before the rotary embedding, or after it."""
+    global_tokens: int = 32
+    """Learnable global tokens that give S its first value. The paper uses 32."""
+    checkpoint: str | None = None
+    """Directory of a saved adapter, or of a run, to start from."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(1, "rank", value=self.rank, remedy="the paper uses 32")
+        require_above_zero("scale", value=self.scale, remedy="use 1.0")
+        require(
+            bool(self.targets),
+            "targets",
+            rule="name at least one linear map",
+            value=self.targets,
+            remedy="leave it out for all seven",
+        )
+        require(
+            len(set(self.targets)) == len(self.targets),
+            "targets",
+            rule="name each linear map once",
+            value=self.targets,
+            remedy="drop the repetition",
+        )
+        require_at_least(0, "global_tokens", value=self.global_tokens, remedy="the paper uses 32")
+        require(
+            self.kind != "global_only" or self.global_tokens > 0,
+            "global_tokens",
+            rule="be at least 1 with kind 'global_only' (the state would always be zero)",
+            value=self.global_tokens,
+            remedy="the paper uses 32",
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The budget of the KV cache. It counts reasoning tokens; the prompt comes on top and is never evicted."""
+
+    policy: Literal["window", "random", "sinks", "none"] = "window"
+    """Which tokens leave: the oldest, random ones, the oldest but the first few, or none (the full cache)."""
+    window_tokens: int = 1024
+    """Reasoning tokens kept at most, a multiple of evict_tokens; unused with policy `none`."""
+    evict_tokens: int = 256
+    """Reasoning tokens evicted at once. The paper evicts 25 % of the window."""
+    sink_tokens: int = 4
+    """First reasoning tokens that never leave; read with policy `sinks` only."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        EvictionSchedule(self.window_tokens, evict_tokens=self.evict_tokens)
+        require_at_least(1, "sink_tokens", value=self.sink_tokens, remedy="use policy 'window' for no sinks")
+        require(
+            self.policy != "sinks" or self.sink_tokens + self.evict_tokens <= self.window_tokens,
+            "sink_tokens",
+            rule=f"leave room for a block: sink_tokens + evict_tokens ({self.evict_tokens}) at most window_tokens "
+            f"({self.window_tokens})",
+            value=self.sink_tokens,
+            remedy=f"use at most {self.window_tokens - self.evict_tokens}, or a larger window",
+        )
+
+    @property
+    def schedule(self) -> EvictionSchedule:
+        """The budget as the method knows it; without a window for policy `none`."""
+        if self.policy == "none":
+            return EvictionSchedule(None)
+        return EvictionSchedule(self.window_tokens, evict_tokens=self.evict_tokens)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Problems with verifiable answers."""
+
+    kind: Literal["chained", "jsonl"] = "chained"
+    """`chained`: generated chained assignments; `jsonl`: files with lines of id, problem, answer, source."""
+    train_path: str | None = None
+    """JSONL file of training problems."""
+    eval_paths: tuple[str, ...] = ()
+    """JSONL files of problems to evaluate on."""
+    prompt_template: Literal["auto", "chat", "plain"] = "auto"
+    """JSONL: `chat` is the tokenizer's template, `plain` is "Problem: ... Solution:", `auto` is chat if it can be."""
+    boxed_instruction: bool = True
+    """JSONL: append "Please reason step by step, and put your final answer within \\boxed{}."."""
+    traces_path: str | None = None
+    """JSONL: file with lines of id and trace, right completions of training problems for distill.source `traces`."""
+    reward: str = "exact"
+    """`math` (math-verify on the boxed answer), `exact` (the answer itself), or your own as `module:function`."""
+    num_statements: int = 13
+    """Chained: statements in a prompt; the trace has ten tokens for each, plus four."""
+    num_constants: int = 4
+    """Chained: variables whose values the prompt gives."""
+    modulus: int = 10
+    """Chained: sums are taken modulo this."""
+    min_distance: int = 1
+    """Chained: fewest statements between a result and its use."""
+    max_distance: int | None = None
+    """Chained: most statements between a result and its use; unset for no bound."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.kind == "chained" or self.train_path is not None or bool(self.eval_paths),
+            "train_path",
+            rule="name a file, or eval_paths some, with kind 'jsonl'",
+            value=self.train_path,
+            remedy="set train_path to train, eval_paths to evaluate",
+        )
+        require(
+            len(set(self.eval_paths)) == len(self.eval_paths),
+            "eval_paths",
+            rule="name each file once",
+            value=self.eval_paths,
+            remedy="drop the repetition",
+        )
+        require(
+            re.fullmatch(r"math|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.reward) is not None,
+            "reward",
+            rule="be 'math', 'exact' or 'module:function'",
+            value=self.reward,
+            remedy="use for example 'my_rewards:short_and_right'",
+        )
+        for name, least in (("num_statements", 1), ("num_constants", 2), ("modulus", 2), ("min_distance", 1)):
+            require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
+        require_at_least(self.min_distance, "max_distance", value=self.max_distance, remedy="leave it out for no bound")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is recorded, and its randomness."""
+
+    name: str = "run"
+    """Directory of the run, inside output_dir."""
+    output_dir: str = "runs"
+    """Directory of all runs."""
+    seed: int = 0
+    """Of everything random: adapter, problems, sampling."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run with this name."""
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers beside metrics.jsonl, each to be installed by you."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name) is not None and not self.name.startswith(("-", ".")),
+            "name",
+            rule="be a directory name of letters, digits and _ . + - that starts with none of . -",
+            value=self.name,
+            remedy="use for example 'gsm8k-pte', and output_dir for the directory above",
+        )
+        require(
+            bool(self.output_dir),
+            "output_dir",
+            rule="name a directory",
+            value=self.output_dir,
+            remedy="use 'runs'",
+        )
+        require(0 <= self.seed < 2**63, "seed", rule="be from 0 to 2**63 - 1", value=self.seed, remedy="use 0")
+        require(
+            len(set(self.log_with)) == len(self.log_with),
+            "log_with",
+            rule="name each tracker once",
+            value=self.log_with,
+            remedy="drop the repetition",
+        )
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole run: the sections of an experiment file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.task.kind != "chained" or self.eval.problems is not None,
+            "eval.problems",
+            rule="be a number with task.kind 'chained' (its problems have no end)",
+            value=self.eval.problems,
+            remedy="use for example 512",
+        )
+
+    def check_trainable(self) -> None:
+        """Refuses a run that has nothing to train, or nothing to train on.
+
+        Raises:
+            ValueError: `adapter.kind` is `none`, or a JSONL task has no `task.train_path`.
+        """
+        require(
+            self.adapter.kind != "none",
+            "adapter.kind",
+            rule="be trainable (the base is frozen)",
+            value=self.adapter.kind,
+            remedy="use 'thought' or 'lora'",
+        )
+        require(
+            self.task.kind != "jsonl" or self.task.train_path is not None,
+            "task.train_path",
+            rule="name a file of training problems",
+            value=self.task.train_path,
+            remedy="set it to a JSONL file, or use pte eval",
+        )

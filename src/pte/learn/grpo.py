@@ -1,0 +1,346 @@
+"""One GRPO step: rollouts of the bounded policy, rewards, advantages, replay, loss, update.
+
+Decides: which prompts a step uses (with dynamic sampling: until enough groups have mixed accuracy), what is measured,
+and that nothing is updated when rollout and replay disagree by more than the threshold (law 1).
+Does not know: logging, checkpoints (`trainer`), how log-probs are made (`replay`).
+
+Paper: the cache-aware GRPO objective, E_{y ~ pi^D}[r(y) - beta KL(pi^D || pi_ref)].
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from pte.learn.advantages import group_advantages, mixed_accuracy_groups, tied_groups
+from pte.learn.loss import BatchTotals, PolicyObjective, policy_loss
+from pte.learn.optimizer import AdapterOptimizer, TrainingStopped, check_finite_loss
+from pte.learn.rewards import compute_rewards
+from pte.learn.stage import StepResult, by_length, peak_memory_bytes
+from pte.rollout.generate import RolloutEngine
+from pte.rollout.record import LogprobGap, Rollout, RolloutRequest, collate_rollouts, logprob_gap
+from pte.rollout.replay import Replay
+from pte.rollout.sampling import stream_seed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from pte.checkpoint_files import Json, StateTree
+    from pte.tasks.problems import Problem
+    from pte.tasks.task import Task
+
+CUT_OFF_WARNING_FRACTION = 0.95
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what it earned.
+
+    Args:
+        rollout: The completion.
+        problem: What it answers.
+        text: The completion as text.
+        reward: What GRPO raises.
+        accuracy: 1.0 where the answer is right.
+        advantage: Reward relative to its group; 0 until it is known.
+    """
+
+    rollout: Rollout
+    problem: Problem
+    text: str
+    reward: float
+    accuracy: float
+    advantage: float = 0.0
+
+
+Group = list[ScoredRollout]
+
+
+class GrpoStage:
+    """Reinforcement on the policy's own bounded rollouts.
+
+    Args:
+        task: Problems and rewards.
+        engine: Rollouts of the policy that is trained.
+        replay: Of the same policy, in the stage's gradient mode.
+        reference: Replay of the frozen base for the KL term, or None with beta 0.
+        optimizer: Of the policy's adapter.
+        objective: Loss, clipping, beta.
+        steps: Batches of rollouts.
+        prompts_per_step: Groups in a batch.
+        group_size: Completions of each prompt.
+        minibatches_per_step: Optimizer steps on each batch.
+        micro_batch_size: Completions per replay.
+        dynamic_sampling: Replace groups without mixed accuracy.
+        max_resample_rounds: Further rounds of rollouts at most.
+        max_logprob_gap: Threshold in nats at which the run stops.
+        seed: Of prompts and rollouts.
+        log_completions: Return completions with each step.
+    """
+
+    name = "grpo"
+
+    def __init__(
+        self,
+        task: Task,
+        engine: RolloutEngine,
+        *,
+        replay: Replay,
+        reference: Replay | None,
+        optimizer: AdapterOptimizer,
+        objective: PolicyObjective,
+        steps: int,
+        prompts_per_step: int,
+        group_size: int,
+        minibatches_per_step: int,
+        micro_batch_size: int,
+        dynamic_sampling: bool,
+        max_resample_rounds: int,
+        max_logprob_gap: float,
+        seed: int,
+        log_completions: bool,
+    ) -> None:
+        self.task = task
+        self.engine = engine
+        self.replay = replay
+        self.reference = reference
+        self.optimizer = optimizer
+        self.objective = objective
+        self.steps = steps
+        self.prompts_per_step = prompts_per_step
+        self.group_size = group_size
+        self.minibatches_per_step = minibatches_per_step
+        self.micro_batch_size = micro_batch_size
+        self.dynamic_sampling = dynamic_sampling
+        self.max_resample_rounds = max_resample_rounds
+        self.max_logprob_gap = max_logprob_gap
+        self.seed = seed
+        self.log_completions = log_completions
+        self.position = 0
+
+    def step(self, index: int) -> StepResult:
+        """Rollouts, rewards, and `minibatches_per_step` optimizer steps on them."""
+        started = time.perf_counter()
+        groups, rounds = self.collect_groups(index)
+        rollout_seconds = time.perf_counter() - started
+        rewards = torch.tensor([[one.reward for one in group] for group in groups], dtype=torch.float64)
+        advantages = group_advantages(rewards, scale="none" if self.objective.kind == "dr_grpo" else "std")
+        scored = [
+            replace(one, advantage=advantage)
+            for group, row in zip(groups, advantages.tolist(), strict=True)
+            for one, advantage in zip(group, row, strict=True)
+        ]
+        size = -(-len(scored) // self.minibatches_per_step)
+        updates = [self.update(scored[start : start + size], first=start == 0) for start in range(0, len(scored), size)]
+        seconds = time.perf_counter() - started
+        tied = tied_groups(rewards).double().mean().item()
+        metrics = {
+            **{key: statistics.fmean(update[key] for update in updates) for key in updates[0]},
+            **self.rollout_metrics(scored),
+            "tied_groups_fraction": tied,
+            "resample_rounds": float(rounds),
+            "seconds": seconds,
+            "rollout_seconds": rollout_seconds,
+            "replay_seconds": seconds - rollout_seconds,
+            "tokens_per_second": sum(len(one.rollout.completion_ids) for one in scored) / seconds,
+            "peak_memory_bytes": float(peak_memory_bytes(self.engine.policy.device)),
+        }
+        warnings = []
+        if metrics["cut_off_fraction"] >= CUT_OFF_WARNING_FRACTION:
+            warnings.append(
+                f"{metrics['cut_off_fraction']:.0%} of the completions were cut off at {self.engine.max_new_tokens} "
+                f"tokens; raise rollout.max_new_tokens, or check that the policy ever writes its end token"
+            )
+        if tied == 1.0:
+            warnings.append(
+                f"all {len(groups)} groups tie (reward {metrics['reward']:.3g}): this step has no gradient; use easier "
+                f"or harder problems, more completions per prompt, or a warm start"
+            )
+        rows = [self.completion_row(one) for one in scored] if self.log_completions else []
+        return StepResult(metrics, rows, warnings)
+
+    def collect_groups(self, index: int) -> tuple[list[Group], int]:
+        """Groups of rollouts, and how many further rounds dynamic sampling took.
+
+        Without dynamic sampling, the first groups. With it, groups of mixed accuracy first; where the rounds end
+        before there are enough, tied ones fill the batch.
+        """
+        kept: list[Group] = []
+        spare: list[Group] = []
+        for round_index in range(self.max_resample_rounds + 1):
+            groups = self.sample_groups(index, round_index, count=self.prompts_per_step - len(kept))
+            if not self.dynamic_sampling:
+                return groups, 0
+            accuracies = torch.tensor([[one.accuracy for one in group] for group in groups], dtype=torch.float64)
+            for group, mixed in zip(groups, mixed_accuracy_groups(accuracies).tolist(), strict=True):
+                (kept if mixed else spare).append(group)
+            if len(kept) == self.prompts_per_step:
+                return kept, round_index
+        return kept + spare[: self.prompts_per_step - len(kept)], self.max_resample_rounds
+
+    def sample_groups(self, index: int, round_index: int, *, count: int) -> list[Group]:
+        """Rollouts and rewards of the next `count` problems."""
+        problems = [self.task.training(self.position + offset).problem for offset in range(count)]
+        self.position += count
+        requests = [
+            RolloutRequest(
+                self.task.prompt_ids(problem),
+                stream_seed(self.seed, "grpo", index, round_index, problem.id, offset, member),
+            )
+            for offset, problem in enumerate(problems)
+            for member in range(self.group_size)
+        ]
+        rollouts = self.engine.run(requests)
+        repeated = [problem for problem in problems for _ in range(self.group_size)]
+        scored = score_rollouts(self.task, rollouts, repeated)
+        return [scored[start : start + self.group_size] for start in range(0, len(scored), self.group_size)]
+
+    def update(self, scored: Sequence[ScoredRollout], *, first: bool) -> dict[str, float]:
+        """One optimizer step on a mini-batch.
+
+        Args:
+            scored: Rollouts with advantages.
+            first: The policy is still the one that sampled, so that the gap must be small.
+
+        Raises:
+            TrainingStopped: Gap, loss or gradient are beyond what a sound run shows; nothing was updated.
+        """
+        totals = BatchTotals(sequences=len(scored), tokens=sum(len(one.rollout.completion_ids) for one in scored))
+        sums = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "ratio": 0.0, "kl": 0.0}
+        gaps: list[tuple[int, LogprobGap]] = []
+        lengths = [len(one.rollout.completion_ids) for one in scored]
+        for batch in by_length(scored, lengths, size=self.micro_batch_size):
+            padded = collate_rollouts([one.rollout for one in batch], device=self.engine.policy.device)
+            output = self.replay(padded)
+            mask = padded.completion_mask
+            tokens = int(mask.sum())
+            rollout_logprobs = recorded_logprobs(batch, like=output.policy_logprobs)
+            gap = logprob_gap(output.policy_logprobs, rollout_logprobs, completion_mask=mask)
+            if first and not gap.max <= self.max_logprob_gap:
+                self.optimizer.adamw.zero_grad()
+                raise TrainingStopped(
+                    f"rollout and replay must agree within max_logprob_gap ({self.max_logprob_gap:g} nats), got "
+                    f"{gap.max:.3g} (mean {gap.mean:.3g}): they are not the same policy; raise train.max_logprob_gap "
+                    f"only if the dtype explains it"
+                )
+            gaps.append((tokens, gap))
+            reference = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self.reference(padded).policy_logprobs
+            loss = policy_loss(
+                output.policy_logprobs,
+                rollout_logprobs,
+                advantages=torch.tensor([one.advantage for one in batch], device=mask.device).to(
+                    output.policy_logprobs.dtype
+                ),
+                completion_mask=mask,
+                objective=self.objective,
+                totals=totals,
+                reference_logprobs=reference,
+            )
+            check_finite_loss(loss.loss)
+            loss.loss.backward()
+            share = tokens / totals.tokens
+            sums["loss"] += loss.loss.item()
+            sums["entropy"] += output.entropies.sum().item() / totals.tokens
+            sums["clip_fraction"] += loss.clip_fraction.item() * share
+            sums["ratio"] += loss.ratio_mean.item() * share
+            sums["kl"] += 0.0 if loss.kl_mean is None else loss.kl_mean.item() * share
+        grad_norm, learning_rate = self.optimizer.step()
+        return {
+            **sums,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "logprob_gap_max": max(gap.max for _, gap in gaps),
+            "logprob_gap_mean": sum(gap.mean * tokens for tokens, gap in gaps) / totals.tokens,
+            "logprob_gap_kl": sum(gap.kl * tokens for tokens, gap in gaps) / totals.tokens,
+        }
+
+    def rollout_metrics(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
+        """Means over the rollouts of a step."""
+        rollouts = [one.rollout for one in scored]
+        rewards = [one.reward for one in scored]
+        return {
+            "reward": statistics.fmean(rewards),
+            "reward_std": statistics.pstdev(rewards),
+            "accuracy": statistics.fmean(one.accuracy for one in scored),
+            "completion_tokens": statistics.fmean(len(rollout.completion_ids) for rollout in rollouts),
+            "cut_off_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
+            "evictions": statistics.fmean(rollout.evictions for rollout in rollouts),
+            "state_norm": statistics.fmean(rollout.state_norm for rollout in rollouts),
+            "cache_bytes": float(self.engine.peak_cache_bytes),
+        }
+
+    def completion_row(self, one: ScoredRollout) -> dict[str, Json]:
+        """A line of completions.jsonl."""
+        return {
+            "problem_id": one.problem.id,
+            "completion": one.text,
+            "answer": one.problem.answer,
+            "reward": one.reward,
+            "accuracy": one.accuracy,
+            "advantage": one.advantage,
+            "tokens": len(one.rollout.completion_ids),
+            "evictions": one.rollout.evictions,
+            "finish_reason": one.rollout.finish_reason,
+            "mean_logprob": one.rollout.rollout_logprobs.mean().item(),
+        }
+
+    def state(self) -> dict[str, StateTree]:
+        """The optimizer's state and the position in the endless order of problems."""
+        return {"optimizer": self.optimizer.state(), "position": self.position}
+
+    def load_state(self, state: Mapping[str, StateTree]) -> None:
+        """Puts back what `state` returned."""
+        optimizer, position = state["optimizer"], state["position"]
+        assert isinstance(optimizer, dict) and isinstance(position, int)
+        self.optimizer.load_state(optimizer)  # type: ignore[arg-type]
+        self.position = position
+
+
+def score_rollouts(task: Task, rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> list[ScoredRollout]:
+    """Rollouts with rewards and accuracies.
+
+    Args:
+        task: Whose reward and accuracy count.
+        rollouts: Completions.
+        problems: The problem of each completion.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: The reward function failed (`compute_rewards`).
+    """
+    texts = [task.text(rollout.completion_ids) for rollout in rollouts]
+    arguments = {
+        "prompts": [problem.problem for problem in problems],
+        "completions": texts,
+        "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
+        "columns": {
+            "answer": [problem.answer for problem in problems],
+            "id": [problem.id for problem in problems],
+            "source": [problem.source for problem in problems],
+        },
+    }
+    rewards = compute_rewards(task.reward, **arguments)  # type: ignore[arg-type]
+    same = task.accuracy is task.reward
+    accuracies = rewards if same else compute_rewards(task.accuracy, **arguments)  # type: ignore[arg-type]
+    return [
+        ScoredRollout(rollout, problem, text, reward, accuracy)
+        for rollout, problem, text, reward, accuracy in zip(rollouts, problems, texts, rewards, accuracies, strict=True)
+    ]
+
+
+def recorded_logprobs(
+    batch: Sequence[ScoredRollout], *, like: Float[Tensor, "batch completion"]
+) -> Float[Tensor, "batch completion"]:
+    """Rollout log-probs in the layout of the replay's, 0 on padding."""
+    recorded = torch.zeros_like(like, requires_grad=False)
+    for row, one in enumerate(batch):
+        recorded[row, : len(one.rollout.completion_ids)] = one.rollout.rollout_logprobs.to(like.device)
+    return recorded

@@ -1,0 +1,158 @@
+"""From a configuration to a base, an adapter and a task: what training, evaluation and generation have in common.
+
+Decides: how names in a configuration become objects, which adapter options come from a saved adapter, and that
+nothing is downloaded, attached or written before the configuration has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pte.checkpoint import load_adapter
+from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
+from pte.method.adapter import ThoughtAdapter
+from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.sinks import AttentionSinks
+from pte.method.eviction.window import OldestFirst
+from pte.model.load import load_base, load_tokenizer
+from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
+from pte.tasks.chained import embedded_model_dir
+from pte.tasks.task import Task, chained_task, jsonl_task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pte.config import CacheConfig, ExperimentConfig
+    from pte.method.eviction.policy import EvictionPolicy
+
+
+FINGERPRINT_ROWS = 512
+
+
+@dataclass
+class Session:
+    """A policy and a task, ready to run.
+
+    Args:
+        base_name: As the configuration names it.
+        policy: Base, adapter, budget.
+        task: Problems and scoring.
+    """
+
+    base_name: str
+    policy: BoundedPolicy
+    task: Task
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's parameters, on the CPU."""
+        adapter = self.policy.adapter
+        return {} if adapter is None else {name: tensor.detach().cpu() for name, tensor in adapter.state_dict().items()}
+
+    def metadata(self) -> AdapterMetadata:
+        """What the adapter is and fits."""
+        adapter = self.policy.adapter
+        assert adapter is not None
+        return AdapterMetadata(
+            options=adapter.options(), base_name=self.base_name, base_fingerprint=self.base_fingerprint()
+        )
+
+    def base_fingerprint(self) -> str:
+        """Of the base's configuration and its embedding."""
+        base = self.policy.base
+        weight = base.get_parameter("model.embed_tokens.weight")
+        return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
+
+    def load_adapter_tensors(self, tensors: Mapping[str, Tensor], metadata: AdapterMetadata) -> None:
+        """Fills the adapter from saved tensors.
+
+        Raises:
+            ValueError: They belong to another base or were made with other options.
+        """
+        adapter = self.policy.adapter
+        assert adapter is not None
+        check_adapter_fits(
+            metadata,
+            base_name=self.base_name,
+            base_fingerprint=self.base_fingerprint(),
+            options=adapter.options(),
+        )
+        adapter.load_state_dict(dict(tensors))
+
+
+def open_session(config: ExperimentConfig) -> Session:
+    """Loads the base, attaches the adapter, opens the task.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
+    """
+    path = str(embedded_model_dir()) if config.model.path == "embedded" else config.model.path
+    tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    task = open_task(config, tokenizer)
+    base = load_base(
+        path,
+        dtype=getattr(torch, config.model.dtype),
+        device=config.model.device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    adapter = None
+    saved = None if config.adapter.checkpoint is None else load_adapter(config.adapter.checkpoint)
+    options = config.adapter
+    if options.kind != "none":
+        adapter = ThoughtAdapter(
+            layer_sizes(base),
+            kind=options.kind,
+            rank=options.rank,
+            targets=options.targets,
+            scale=options.scale,
+            update_rule=options.update_rule,
+            key_space=options.key_space,
+            global_tokens=options.global_tokens,
+            seed=config.run.seed,
+        )
+        attach_adapter(base, adapter)
+    policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
+    session = Session(base_name=config.model.path, policy=policy, task=task)
+    if saved is not None and adapter is not None:
+        session.load_adapter_tensors(*saved)
+    return session
+
+
+def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
+    """The eviction policy of a configuration; the full cache never asks it."""
+    if cache.policy == "random":
+        return UniformRandom()
+    if cache.policy == "sinks":
+        return AttentionSinks(cache.sink_tokens)
+    return OldestFirst()
+
+
+def open_task(config: ExperimentConfig, tokenizer: object) -> Task:
+    """The task of a configuration."""
+    task = config.task
+    if task.kind == "chained":
+        assert config.eval.problems is not None
+        return chained_task(
+            tokenizer,  # type: ignore[arg-type]
+            seed=config.run.seed,
+            eval_problems=config.eval.problems,
+            num_statements=task.num_statements,
+            num_constants=task.num_constants,
+            modulus=task.modulus,
+            min_distance=task.min_distance,
+            max_distance=task.max_distance,
+        )
+    return jsonl_task(
+        tokenizer,  # type: ignore[arg-type]
+        seed=config.run.seed,
+        train_path=task.train_path,
+        eval_paths=task.eval_paths,
+        eval_problems=config.eval.problems,
+        template=task.prompt_template,
+        boxed_instruction=task.boxed_instruction,
+        reward=task.reward,
+        traces_path=task.traces_path,
+    )

@@ -1,0 +1,66 @@
+"""The laws on a trained model: its attention has sinks and its memory matters, which random weights do not have."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from pte.method.adapter import ThoughtAdapter
+from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.sinks import AttentionSinks
+from pte.method.schedule import EvictionSchedule
+from pte.model.load import load_base, load_tokenizer
+from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, layer_sizes
+from pte.rollout.record import collate
+from pte.rollout.replay import Replay
+from pte.tasks.chained import embedded_model_dir, generate_problems
+from sampled import gap, requests_for, sample
+
+
+@cache
+def trained():
+    return load_base(embedded_model_dir(), dtype=torch.float64, device="cpu"), load_tokenizer(embedded_model_dir())
+
+
+def problems_as_tokens(count: int, *, statements: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Prompts and right traces."""
+    _, tokenizer = trained()
+    problems = generate_problems(count, seed=5, split="heldout", num_statements=statements)
+    prompts = [(tokenizer.bos_token_id, *tokenizer(p.problem, add_special_tokens=False)["input_ids"]) for p in problems]
+    return prompts, [tuple(tokenizer(p.trace, add_special_tokens=False)["input_ids"]) for p in problems]
+
+
+@pytest.mark.parametrize("eviction", [None, UniformRandom(), AttentionSinks(4)], ids=["window", "random", "sinks"])
+def test_a_trained_model_is_one_policy_in_rollout_and_replay(eviction: object) -> None:
+    base, tokenizer = trained()
+    adapter = ThoughtAdapter(layer_sizes(base), rank=8, global_tokens=4).double()
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_(std=0.02)
+    attach_adapter(base, adapter)
+    try:
+        options = {} if eviction is None else {"eviction": eviction}
+        policy = BoundedPolicy(base, adapter, EvictionSchedule(16, 4), **options)
+        prompts, _ = problems_as_tokens(3, statements=4)
+        rollouts = sample(
+            policy, requests_for(prompts), slots=2, temperature=1.2, max_new_tokens=40, stop=[tokenizer.eos_token_id]
+        )
+        assert max(rollout.evictions for rollout in rollouts) >= 5
+        # In float32 the sharp logits of a trained model alone round to 2e-5.
+        assert gap(policy, rollouts) < 1e-10
+    finally:
+        detach_adapter(base)
+
+
+def test_a_trained_model_knows_its_trace_with_the_full_cache_and_loses_it_under_the_window() -> None:
+    base, _ = trained()
+    prompts, traces = problems_as_tokens(4, statements=12)
+    batch = collate(prompts, traces, stream_seeds=range(4), temperature=1.0)
+    with torch.no_grad():
+        full = Replay(BoundedPolicy(base, None, EvictionSchedule(None)))(batch)
+        window = Replay(BoundedPolicy(base, None, EvictionSchedule(24, 6)))(batch)
+    # Up to the first eviction both are one policy: 24 tokens enter, so 25 are predicted.
+    torch.testing.assert_close(window.policy_logprobs[:, :25], full.policy_logprobs[:, :25], rtol=0, atol=1e-5)
+    assert full.policy_logprobs.sum(1).exp().min() > 0.5
+    assert window.policy_logprobs.sum(1).max() < -10
