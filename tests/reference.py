@@ -79,7 +79,7 @@ class Reference:
         for key, value in tokens:
             mapped_key = encoder.key_map[index] @ key.to(queries.dtype)
             mapped_value = encoder.value_map[index] @ value.to(queries.dtype)
-            total = total + torch.outer(queries.T @ mapped_key, mapped_value)
+            total = total + torch.outer(mapped_value, queries.T @ mapped_key)
         return total
 
     def accumulate(self, state, update):

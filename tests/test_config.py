@@ -69,6 +69,7 @@ num_constants = 5
 modulus = 7
 min_distance = 2
 max_distance = 3
+num_names = 20
 [distill]
 steps = 0
 batch_size = 3

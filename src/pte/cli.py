@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import difflib
 
         close = difflib.get_close_matches(command, ARGUMENTS, n=1)
-        print(f"pte: unknown command {command!r}; " + (f"did you mean {close[0]!r}?" if close else "see pte --help"))
+        remedy = f"did you mean {close[0]!r}?" if close else "see pte --help"
+        print(f"pte: unknown command {command!r}; {remedy}", file=sys.stderr)
         return 2
     try:
         parsed = parse(command, words[1:])

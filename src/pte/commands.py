@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from pte.compare import compare
 from pte.dry_run import dry_run
@@ -45,6 +46,7 @@ LINES_WITHOUT_TERMINAL = 20
 def run(command: str, arguments: object) -> None:
     """Runs a parsed command."""
     console = Console()
+    transformers_logging.disable_progress_bar()
     {
         "train": train_command,
         "distill": distill_command,
@@ -181,6 +183,8 @@ def evaluate_sets(
 def eval_command(arguments: EvalArguments, console: Console) -> None:
     """Scores as a table and, where asked for, as JSON."""
     config = arguments.experiment
+    for path in (arguments.output, arguments.completions):
+        check_output(path)
     if arguments.train_path is not None:
         for path in config.task.eval_paths:
             for warning in overlap_warnings(arguments.train_path, path):
@@ -206,6 +210,16 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
         ]
         Path(arguments.completions).unlink(missing_ok=True)
         MetricsLog(arguments.completions).append(0, rows)
+
+
+def check_output(path: str | None) -> None:
+    """Refuses, before any work, a file that could not be written after it.
+
+    Raises:
+        FileNotFoundError: Its directory is missing.
+    """
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"the directory of an output file must exist, got {path!r}; make it first")
 
 
 def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
@@ -268,4 +282,5 @@ def bench_command(arguments: BenchArguments, console: Console) -> None:
     """The benchmark; it prints its own table and, as the last line, one JSON object."""
     from pte.bench import run_preset
 
+    check_output(arguments.output)
     run_preset(arguments.preset, output=None if arguments.output is None else Path(arguments.output))

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pte.figures import compare_figure, read_metrics
-from pte.run_record import commit, hardware, replace_synced
+from pte.run_record import (
+    RECORD_FILE,
+    check_resumed_config,
+    commit,
+    hardware,
+    open_run_directory,
+    replace_synced,
+    save_record,
+)
+from pte.session import check_problems, open_session
 
 if TYPE_CHECKING:
     from pte.checkpoint_files import Json
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
 TRAINED = ("pte", "lora_window", "lora_full")
 ARMS = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
 RESULT_FILE = "result.json"
+WARM_START_FILE = "warm_start.json"
 POLL_SECONDS = 0.5
 
 
@@ -124,8 +136,6 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
     import torch
 
     from pte.learn.trainer import open_run, train
-    from pte.run_record import RECORD_FILE
-    from pte.session import open_session
 
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -137,12 +147,13 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
         run = open_run(own)
         session = run.session
 
-        def on_step(stage: str, step: int, _: object) -> None:
-            if stage == "distill" and step == own.distill.steps:
-                scores = score(own, session)
-                replace_synced(directory / "warm_start.json", json.dumps(scores).encode())
+        def score_warm_start(steps: int) -> None:
+            if steps == own.distill.steps:
+                replace_synced(directory / WARM_START_FILE, json.dumps(score(own, session)).encode())
 
-        train(run, on_step=on_step)
+        # A run that was killed after the checkpoint between the stages, while it was being scored, is scored here.
+        score_warm_start(run.done_steps)
+        train(run, on_step=lambda _, step, __: score_warm_start(step))
     else:
         directory.mkdir(parents=True, exist_ok=True)
         session = open_session(own)
@@ -152,6 +163,14 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
             result[control] = score(arm_config(config, control), session)
     result["seconds"] = time.perf_counter() - started
     replace_synced(directory / RESULT_FILE, json.dumps(result, indent=2).encode())
+
+
+def end_with_comparison(stop: Event) -> None:
+    """Ends this worker when the comparison fails or dies: a resumed one must find nobody writing in its runs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    for ended in (stop.wait, parent.join):
+        threading.Thread(target=lambda wait=ended: (wait(), os._exit(1)), daemon=True).start()
 
 
 def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
@@ -186,8 +205,8 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
         progress: For the bars.
 
     Raises:
-        FileExistsError: The run directory is taken and `run.resume` is not set.
-        ValueError: The configuration cannot be compared.
+        FileExistsError, FileNotFoundError: The run directory is taken, or there is no comparison to resume.
+        ValueError: The configuration cannot be compared, or is another one than that of the comparison resumed.
     """
     if config.adapter.kind not in ("thought", "global_only") or config.cache.policy == "none":
         raise ValueError(
@@ -196,19 +215,31 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
         )
     if not (config.distill.steps and config.train.steps):
         raise ValueError("pte compare needs distill.steps and train.steps of at least 1; set both")
-    directory = Path(config.run.output_dir) / config.run.name
-    if directory.exists() and any(directory.iterdir()) and not config.run.resume:
-        raise FileExistsError(
-            f"run directory must be new, got {str(directory)!r}; go on with it by --run.resume, or set --run.name"
+    if config.adapter.checkpoint is not None:
+        raise ValueError(
+            f"pte compare trains every arm from the base, got adapter.checkpoint {config.adapter.checkpoint!r}; "
+            f"leave it out"
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    check_problems(open_session(config), config)
+    directory = open_run_directory(Path(config.run.output_dir) / config.run.name, resume=config.run.resume)
+    if config.run.resume:
+        check_same_comparison(directory, config)
+    else:
+        save_record(directory, config)
     started = time.perf_counter()
     jobs = [arm for arm in (*TRAINED, "base_full", "base_window") if not (directory / arm / RESULT_FILE).is_file()]
     count = workers or (1 if config.model.device.startswith("cuda") else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=count, mp_context=context) as pool, progress:
+    stop = context.Event()
+    with ProcessPoolExecutor(
+        max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(stop,)
+    ) as pool, progress:
         futures = {arm: pool.submit(run_arm, config, arm) for arm in jobs}
-        watch(futures, config=config, directory=directory, progress=progress, console=console)
+        try:
+            watch(futures, config=config, directory=directory, progress=progress, console=console)
+        except BaseException:
+            stop.set()
+            raise
     seconds = time.perf_counter() - started
     summary = summarise(config, directory, seconds=seconds)
     replace_synced(directory / "summary.json", json.dumps(asdict(summary), indent=2).encode())
@@ -223,6 +254,23 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     console.print(f"summary.json and arms.png in [bold]{directory}[/]")
 
 
+def check_same_comparison(directory: Path, config: ExperimentConfig) -> None:
+    """Refuses to go on under another configuration: arms that are done would not be like the others.
+
+    Raises:
+        ValueError: A field differs that changes what an arm is or how it is scored.
+    """
+    check_resumed_config(directory, config)
+    before = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))["config"]
+    for section, now in (("train", config.train), ("eval", config.eval)):
+        for key, value in json.loads(json.dumps(asdict(now))).items():
+            if before[section][key] != value:
+                raise ValueError(
+                    f"{section}.{key} must be that of the comparison that is resumed ({before[section][key]!r}), got "
+                    f"{value!r}; set it back or start a new one under another run.name"
+                )
+
+
 def watch(
     futures: dict[str, Future[None]],
     *,
@@ -231,7 +279,7 @@ def watch(
     progress: Progress,
     console: Console,
 ) -> None:
-    """Shows the progress of all arms until they are done; the first failure ends the rest.
+    """Shows the progress of all arms until they are done.
 
     Raises:
         Exception: What an arm raised.
@@ -250,12 +298,7 @@ def watch(
                 progress.update(tasks[arm], completed=len(lines), description=described(arm, lines))
             if future.done():
                 done.add(arm)
-                try:
-                    future.result()
-                except BaseException:
-                    for other in futures.values():
-                        other.cancel()
-                    raise
+                future.result()
                 progress.update(tasks[arm], completed=total if arm in TRAINED else 1, description=f"{arm} done")
                 if not console.is_terminal:
                     console.print(f"{arm} done", highlight=False)
@@ -288,7 +331,7 @@ def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> S
     }
     low, high = arms["lora_window"].accuracy, arms["lora_full"].accuracy
     rows = [row for arm in TRAINED for row in read_metrics(directory / arm / "metrics.jsonl")]
-    warm = json.loads((directory / "pte" / "warm_start.json").read_text())
+    warm = json.loads((directory / "pte" / WARM_START_FILE).read_text())
     return Summary(
         commit=commit(),
         hardware=hardware(),

@@ -175,9 +175,11 @@ class TaskConfig:
     modulus: int = 10
     """Chained: sums are taken modulo this."""
     min_distance: int = 1
-    """Chained: fewest statements between a result and its use."""
+    """Chained: fewest statements between the last mention of a result and its next use."""
     max_distance: int | None = None
-    """Chained: most statements between a result and its use; unset for no bound."""
+    """Chained: most statements between the two; unset for no bound."""
+    num_names: int | None = None
+    """Chained: variable names to draw from; unset for all 60."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -204,6 +206,8 @@ class TaskConfig:
         )
         for name, least in (("num_statements", 1), ("num_constants", 2), ("modulus", 2), ("min_distance", 1)):
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
+        variables = self.num_statements + self.num_constants
+        require_at_least(variables, "num_names", value=self.num_names, remedy="leave it out for all names")
         require_at_least(self.min_distance, "max_distance", value=self.max_distance, remedy="leave it out for no bound")
 
 

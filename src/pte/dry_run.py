@@ -17,13 +17,11 @@ from pte.learn.trainer import build_stages
 from pte.method.cache import analytic_bytes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
-from pte.session import open_session
+from pte.session import check_problems, open_session
+from pte.tasks.task import PROMPTS_LOOKED_AT
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
-
-PROMPTS_LOOKED_AT = 2000
-
 
 def dry_run(config: ExperimentConfig) -> str:
     """Runs the worst case of every stage once and says what it took.
@@ -35,10 +33,8 @@ def dry_run(config: ExperimentConfig) -> str:
     config.check_trainable()
     session = open_session(config)
     policy, limit = session.policy, config.rollout.max_new_tokens
-    prompts = [
-        session.task.prompt_ids(session.task.training(position).problem) for position in range(PROMPTS_LOOKED_AT)
-    ]
-    longest = max(prompts, key=len)
+    check_problems(session, config)
+    longest = session.task.longest_prompt()
     sequences = min(config.rollout.slots, config.train.prompts_per_step * config.train.group_size)
     lines = [
         f"worst case: prompt {len(longest)} tokens (longest of {PROMPTS_LOOKED_AT} training problems), completion "
@@ -61,6 +57,8 @@ def dry_run(config: ExperimentConfig) -> str:
         )
         for stage in build_stages(session, config):
             started = time.perf_counter()
+            if isinstance(stage, DistillStage) and stage.source == "teacher":
+                lines.append(teacher_rollout(stage, longest))
             one_update(stage, rollouts)
             seconds = time.perf_counter() - started
             lines.append(
@@ -85,6 +83,17 @@ def dry_run(config: ExperimentConfig) -> str:
         f"train.micro_batch_size, cache.window_tokens"
     )
     return "\n".join(lines)
+
+
+def teacher_rollout(stage: DistillStage, prompt: tuple[int, ...]) -> str:
+    """The teacher's longest rollouts: its cache is not bounded."""
+    started, teacher = time.perf_counter(), stage.teacher
+    teacher.stop_token_ids = frozenset()
+    teacher.run([RolloutRequest(prompt, seed) for seed in range(stage.batch_size)])
+    return (
+        f"teacher: {time.perf_counter() - started:.1f} s, full cache {teacher.peak_cache_bytes / 2**20:.1f} MiB, "
+        f"process or device peak {peak_memory_bytes(stage.policy.device) / 2**20:.0f} MiB"
+    )
 
 
 def one_update(stage: object, rollouts: list[Rollout]) -> None:

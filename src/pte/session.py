@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +19,11 @@ from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
-from pte.model.load import load_base, load_tokenizer
+from pte.learn.rewards import compute_rewards
+from pte.model.load import check_positions, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 from pte.tasks.chained import embedded_model_dir
-from pte.tasks.task import Task, chained_task, jsonl_task
+from pte.tasks.task import PROMPTS_LOOKED_AT, Task, chained_task, jsonl_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +92,18 @@ def open_session(config: ExperimentConfig) -> Session:
         ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
     """
     path = str(embedded_model_dir()) if config.model.path == "embedded" else config.model.path
-    tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    if config.adapter.checkpoint is not None and config.adapter.kind == "none":
+        raise ValueError(
+            f"adapter.checkpoint needs an adapter to fill, got {config.adapter.checkpoint!r} with adapter.kind 'none'; "
+            f"leave out one of the two"
+        )
+    try:
+        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model.path must name a directory with a Transformers checkpoint, or one on the hub, got "
+            f"{config.model.path!r} ({str(error).splitlines()[0]}); check the path"
+        ) from error
     task = open_task(config, tokenizer)
     base = load_base(
         path,
@@ -121,6 +134,43 @@ def open_session(config: ExperimentConfig) -> Session:
     return session
 
 
+def check_problems(session: Session, config: ExperimentConfig) -> None:
+    """Refuses, before any work, problems that do not fit the model and a reward function that cannot score.
+
+    Looks at the first 2000 training problems and at all evaluation problems. The reward is asked about two completions
+    that are an end token alone, which a policy may write at any time.
+
+    Raises:
+        ValueError: A prompt is empty or, with its completion, longer than the trained positions.
+        RuntimeError, TypeError, ValueError: The reward function failed (`compute_rewards`).
+    """
+    task = session.task
+    fits = partial(
+        check_positions,
+        session.policy.base.config,
+        allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+    )
+    longest = len(task.longest_prompt())
+    if config.train.steps or config.distill.source == "teacher":
+        fits(prompt_tokens=longest, completion_tokens=config.rollout.max_new_tokens)
+    if config.distill.steps and config.distill.source == "traces":
+        traces = (task.training(position).trace for position in range(PROMPTS_LOOKED_AT))
+        lengths = [len(task.completion_ids(trace)) for trace in traces if trace is not None]
+        fits(prompt_tokens=longest, completion_tokens=max(lengths, default=0))
+    for problems in task.evaluation.values():
+        prompts = [len(task.prompt_ids(problem)) for problem in problems]
+        fits(prompt_tokens=max(prompts), completion_tokens=config.eval.max_new_tokens)
+    if config.train.steps:
+        problem = task.training(0).problem
+        compute_rewards(
+            task.reward,
+            prompts=[problem.problem] * 2,
+            completions=[""] * 2,
+            completion_ids=[list(task.stop_token_ids)] * 2,
+            columns=task.columns([problem] * 2),
+        )
+
+
 def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
     """The eviction policy of a configuration; the full cache never asks it."""
     if cache.policy == "random":
@@ -144,6 +194,7 @@ def open_task(config: ExperimentConfig, tokenizer: object) -> Task:
             modulus=task.modulus,
             min_distance=task.min_distance,
             max_distance=task.max_distance,
+            num_names=task.num_names,
         )
     return jsonl_task(
         tokenizer,  # type: ignore[arg-type]

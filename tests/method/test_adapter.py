@@ -101,7 +101,6 @@ def test_two_inputs_of_one_group_are_not_mixed_up() -> None:
     assert torch.equal(mixed, alone)
 
 
-@pytest.mark.xfail(strict=True, reason="BoundAdapter.low shares a product by input and group, whatever the layer")
 def test_layers_that_read_one_tensor_use_their_own_weights() -> None:
     adapter = moved_adapter()
     x = inputs_by_group()["q_proj"]

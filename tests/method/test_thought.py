@@ -27,7 +27,7 @@ def evicted_tokens(count: int, *, batch: int = 2) -> list[torch.Tensor]:
 
 
 def test_encode_is_the_sum_of_outer_products() -> None:
-    # S' = (W_Q q_g)(W_K K)^T (W_V V) = sum over tokens of [(W_Q q_g) (W_K k_t)] outer (W_V v_t).
+    # S'^T = (W_Q q_g)(W_K K)^T (W_V V) = sum over tokens of [(W_Q q_g) (W_K k_t)] outer (W_V v_t).
     encoder = make_encoder()
     keys, values = evicted_tokens(5)
     state = encoder.encode(keys, values)
@@ -40,7 +40,7 @@ def test_encode_is_the_sum_of_outer_products() -> None:
                 value = encoder.value_map[layer] @ values[layer, row, token]
                 for query in range(3):
                     mapped_query = encoder.query_map[layer] @ encoder.query[layer, query]
-                    total[query] += (mapped_query @ key) * value
+                    total[:, query] += (mapped_query @ key) * value
             torch.testing.assert_close(state[layer, row], total, rtol=0, atol=1e-12)
 
 

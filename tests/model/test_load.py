@@ -120,7 +120,6 @@ def test_linear_maps_of_another_kind_are_refused() -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="freeze looks at the linear maps of the first layer only")
 def test_linear_maps_of_another_kind_are_refused_in_any_layer() -> None:
     class Quantised(nn.Linear):
         pass

@@ -124,7 +124,7 @@ def test_the_first_state_is_made_of_the_base_s_keys_and_values(architecture: str
             encoder = policy.adapter.encoder
             queries = encoder.query[layer_index] @ encoder.query_map[layer_index].T
             expected = queries @ (keys @ encoder.key_map[layer_index].T).T @ (values @ encoder.value_map[layer_index].T)
-            torch.testing.assert_close(first[layer_index], expected, rtol=0, atol=1e-11)
+            torch.testing.assert_close(first[layer_index], expected.T, rtol=0, atol=1e-11)
 
 
 def test_lora_and_the_bare_base_have_no_state() -> None:

@@ -71,6 +71,16 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def operand_distances(prompt: ParsedPrompt) -> list[tuple[int, str, int]]:
+    """(statement, operand, statements since its last mention as a result or operand) of every operand; 0 if new."""
+    mentioned: dict[str, int] = {}
+    found = []
+    for index, (left, right, result) in enumerate(prompt.statements):
+        found += [(index, operand, index - mentioned.get(operand, index)) for operand in (left, right)]
+        mentioned |= dict.fromkeys((left, right, result), index)
+    return found
+
+
 @given(shape=shapes())
 def test_the_answer_equals_an_independent_evaluation_of_the_prompt(shape: dict[str, Any]) -> None:
     for problem in generate_problems(3, **shape):
@@ -110,12 +120,10 @@ def test_every_operand_is_defined_before_its_use_and_at_a_permitted_distance(
 ) -> None:
     for problem in generate_problems(3, **shape):
         prompt = parse_prompt(problem.problem)
-        defined_at = {result: index for index, (_, _, result) in enumerate(prompt.statements)}
         most = shape["max_distance"] or shape["num_statements"]
-        for index, (left, right, _) in enumerate(prompt.statements):
-            for operand in (left, right):
-                in_reach = operand in prompt.constants or (shape["min_distance"] <= index - defined_at[operand] <= most)
-                assert in_reach, (operand, index, problem.problem)
+        for index, operand, distance in operand_distances(prompt):
+            in_reach = operand in prompt.constants or shape["min_distance"] <= distance <= most
+            assert in_reach, (operand, index, problem.problem)
 
 
 @given(shape=shapes())
@@ -145,18 +153,39 @@ def test_operands_are_mostly_results_at_every_distance() -> None:
     constants = 0
     for problem in generate_problems(500, seed=1, split="train", min_distance=2, max_distance=6):
         prompt = parse_prompt(problem.problem)
-        defined_at = {result: index for index, (_, _, result) in enumerate(prompt.statements)}
-        for index, (left, right, _) in list(enumerate(prompt.statements))[8:]:
-            for operand in (left, right):
-                if operand in prompt.constants:
-                    constants += 1
-                else:
-                    distances[index - defined_at[operand]] += 1
-    # Five statements of 500 problems have 5000 operands; one pair in 8 holds a constant: 312.
+        for index, operand, distance in operand_distances(prompt):
+            if index >= 8 and operand in prompt.constants:
+                constants += 1
+            elif index >= 8:
+                distances[distance] += 1
+    # Five statements of 500 problems have 5000 operands; one pair in 8 holds a constant, and more where only one
+    # result is far enough from its last mention.
     assert sum(distances.values()) + constants == 5000
-    assert 200 < constants < 500
+    assert 200 < constants < 1000
     assert sorted(distances) == [2, 3, 4, 5, 6]
-    assert min(distances.values()) > 0.17 * sum(distances.values())
+    assert min(distances.values()) > 0.02 * sum(distances.values())
+
+
+def test_fewer_names_are_the_first_of_the_pool_and_all_of_them_occur() -> None:
+    problems = generate_problems(200, seed=1, split="train", num_statements=6, num_names=12)
+    names = set()
+    for problem in problems:
+        prompt = parse_prompt(problem.problem)
+        names |= {*prompt.constants, *(result for _, _, result in prompt.statements)}
+    assert names == set(VARIABLE_NAMES[:12])
+
+
+def test_values_that_must_be_remembered_are_many_when_the_distance_is_large() -> None:
+    def far(min_distance: int) -> float:
+        problems = generate_problems(200, seed=1, split="train", min_distance=min_distance)
+        far_away = [
+            distance >= 4 and operand not in parse_prompt(problem.problem).constants
+            for problem in problems
+            for _, operand, distance in operand_distances(parse_prompt(problem.problem))
+        ]
+        return sum(far_away) / len(problems)
+
+    assert far(1) < 4 < 12 < far(4)
 
 
 def test_answers_are_nearly_uniform() -> None:
@@ -297,6 +326,7 @@ def test_a_right_answer_after_wrong_reasoning_is_right_but_its_trace_is_not() ->
         ({"num_statements": 57}, "got 57; use 56 or fewer statements, or fewer constants"),
         ({"modulus": 1}, "modulus must be from 2 to 10 (values are single digits), got 1; use 10"),
         ({"modulus": 11}, "got 11; use 10"),
+        ({"num_names": 16}, "num_names must be from num_statements + num_constants (17) to 60, got 16; use 17 or more"),
         ({"min_distance": 0}, "min_distance must be at least 1, got 0; use 1"),
         (
             {"min_distance": 3, "max_distance": 2},

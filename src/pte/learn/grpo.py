@@ -142,6 +142,8 @@ class GrpoStage:
         tied = tied_groups(rewards).double().mean().item()
         metrics = {
             **{key: statistics.fmean(update[key] for update in updates) for key in updates[0]},
+            # After the first update the policy has moved on: only the first shows the gap of law 1.
+            **{key: value for key, value in updates[0].items() if key.startswith("logprob_gap")},
             **self.rollout_metrics(scored),
             "tied_groups_fraction": tied,
             "resample_rounds": float(rounds),
@@ -237,8 +239,8 @@ class GrpoStage:
             loss = policy_loss(
                 output.policy_logprobs,
                 rollout_logprobs,
-                advantages=torch.tensor([one.advantage for one in batch], device=mask.device).to(
-                    output.policy_logprobs.dtype
+                advantages=torch.tensor(
+                    [one.advantage for one in batch], dtype=output.policy_logprobs.dtype, device=mask.device
                 ),
                 completion_mask=mask,
                 objective=self.objective,
@@ -321,11 +323,7 @@ def score_rollouts(task: Task, rollouts: Sequence[Rollout], problems: Sequence[P
         "prompts": [problem.problem for problem in problems],
         "completions": texts,
         "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
-        "columns": {
-            "answer": [problem.answer for problem in problems],
-            "id": [problem.id for problem in problems],
-            "source": [problem.source for problem in problems],
-        },
+        "columns": task.columns(problems),
     }
     rewards = compute_rewards(task.reward, **arguments)  # type: ignore[arg-type]
     same = task.accuracy is task.reward

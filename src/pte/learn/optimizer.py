@@ -85,7 +85,9 @@ class AdapterOptimizer:
         Raises:
             TrainingStopped: The gradient is not finite; the parameters are untouched.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = total.item()
         if not math.isfinite(norm):
             bad = [
                 name
@@ -97,6 +99,7 @@ class AdapterOptimizer:
                 f"the gradient must be finite, got norm {norm} (in {', '.join(bad[:3]) or 'its sum'}); lower the "
                 f"learning rate, or set adapter.update_rule to another rule"
             )
+        nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, total)
         rate = self.learning_rate * learning_rate_factor(
             self.steps, warmup_steps=self.warmup_steps, total_steps=self.total_steps, decay=self.decay
         )

@@ -8,7 +8,8 @@ Does not know: what a step does (`distill`, `grpo`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from pte.method.schedule import EvictionSchedule
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
 from pte.run_record import MetricsLog, check_resumed_config, open_run_directory, save_record
-from pte.session import Session, open_session
+from pte.session import Session, check_problems, open_session
 
 if TYPE_CHECKING:
     from pte.config import DistillConfig, ExperimentConfig, TrainConfig
@@ -164,6 +165,8 @@ def open_run(config: ExperimentConfig) -> Run:
     stages = build_stages(session, config)
     if not stages:
         raise ValueError("a run must have steps, got 0 in distill and in train; set distill.steps or train.steps")
+    check_problems(session, config)
+    check_trackers(config.run.log_with)
     directory = open_run_directory(Path(config.run.output_dir) / config.run.name, resume=config.run.resume)
     run = Run(config=config, session=session, stages=stages, directory=directory)
     if config.run.resume:
@@ -172,6 +175,17 @@ def open_run(config: ExperimentConfig) -> Run:
     else:
         save_record(directory, config)
     return run
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that are not installed; accelerate would leave them out.
+
+    Raises:
+        ValueError: A package is missing.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"run.log_with must name installed trackers, got {name!r}; pip install {name}")
 
 
 def restore(run: Run) -> None:

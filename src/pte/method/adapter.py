@@ -62,7 +62,7 @@ class BoundAdapter:
         self.weights = weights
         self.transposed = transposed
         self.input: Tensor | None = None
-        self.group = -1
+        self.place = (-1, -1)
         self.lows: tuple[Tensor, ...] = ()
 
     def low(
@@ -71,8 +71,8 @@ class BoundAdapter:
         """S (B x) of one map, computed once for all maps of its group, and the map's scale * A."""
         weights = self.weights[layer][group]
         assert weights is not None
-        if self.input is not x or self.group != group:
-            self.input, self.group = x, group
+        if self.input is not x or self.place != (layer, group):
+            self.input, self.place = x, (layer, group)
             rows, tokens, _ = x.shape
             maps = len(weights.ups)
             low = functional.linear(x, weights.down)

@@ -67,8 +67,8 @@ class DecodeAttention:
         self, cache: BoundedCache, slots: Int[Tensor, " batch"], *, attended_slots: int, dtype: torch.dtype
     ) -> None:
         self.cache = cache
-        self.rows = torch.arange(cache.batch, device=slots.device)
-        self.slots = slots
+        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
+        self.slots = slots[:, None, None, None].expand(-1, kv_heads, 1, head_dim)
         self.attended_slots = attended_slots
         self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
 
@@ -83,8 +83,8 @@ class DecodeAttention:
     ) -> Float[Tensor, "batch 1 heads head_dim"]:
         """Attention output of the new tokens in one layer."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, :, self.slots] = key[:, :, 0]
-        values[self.rows, :, self.slots] = value[:, :, 0]
+        keys.scatter_(2, self.slots, key)
+        values.scatter_(2, self.slots, value)
         return grouped_attention(
             query,
             keys[:, :, : self.attended_slots],

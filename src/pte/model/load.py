@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from pte.method.adapter import LINEAR_MAPS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,12 +110,12 @@ def freeze(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def linear_maps(base: PreTrainedModel) -> list[nn.Module]:
-    """Linear maps of the first layer, which stand for all layers."""
-    layer = base.get_decoder().layers[0]
-    attention, mlp = layer.self_attn, layer.mlp
+    """Linear maps of all layers."""
     return [
-        *(getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-        *(getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")),
+        module
+        for layer in base.get_decoder().layers
+        for block, names in ((layer.self_attn, LINEAR_MAPS[:4]), (layer.mlp, LINEAR_MAPS[4:]))
+        for module in (getattr(block, name) for name in names)
     ]
 
 

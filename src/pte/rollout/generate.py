@@ -19,6 +19,7 @@ import torch
 
 from pte.method.attention import DecodeAttention, StretchAttention, stretch_mask
 from pte.method.cache import BoundedCache
+from pte.model.decode import DecodeStep
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
 from pte.rollout.record import Rollout, RolloutRequest, right_pad
@@ -159,6 +160,7 @@ class RolloutEngine:
             self.logprobs = self.logprobs.double()
         self.stream_seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.weights = adapter_weights(policy)
+        self.decode = DecodeStep(policy, self.weights, num_positions=prompt_slots + self.max_new_tokens)
         first = first_state(policy)
         self.first = first
         self.states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
@@ -195,8 +197,9 @@ class RolloutEngine:
         )
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
         logprobs = token_logprobs(policy.base.get_output_embeddings()(last), self.temperature)
-        keys = torch.stack([attention.new_keys[layer] for layer in range(policy.cache_shape.layers)])
-        values = torch.stack([attention.new_values[layer] for layer in range(policy.cache_shape.layers)])
+        layers = range(len(attention.new_keys))
+        keys = torch.stack([attention.new_keys[layer] for layer in layers])
+        values = torch.stack([attention.new_values[layer] for layer in layers])
         for index, prompt in enumerate(prompts):
             end = len(prompt)
             self.prefilled[prompt] = Prefilled(
@@ -242,8 +245,8 @@ class RolloutEngine:
         live = [sequence is not None for sequence in self.running]
         self.evict_where_due()
         alive = None if all(live) else torch.tensor(live, device=self.current.device).long()
-        positions = (self.cache.prompt_lengths + self.entered)[:, None]
-        slots = self.cache.take_slots(positions, live=alive)[:, 0]
+        positions = self.cache.prompt_lengths + self.entered
+        slots = self.cache.take_slots(positions[:, None], live=alive)[:, 0]
         longest = max(sequence.entering for sequence in self.running if sequence is not None)
         attention = DecodeAttention(
             self.cache,
@@ -251,15 +254,9 @@ class RolloutEngine:
             attended_slots=min(self.cache.prompt_slots + longest + 1, self.cache.positions.shape[1]),
             dtype=policy.dtype,
         )
-        hidden = run_layers(
-            policy,
-            self.current[:, None],
-            positions=positions,
-            attention=attention,
-            states=self.controlled(self.reads),
-            weights=self.weights,
-        )
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden[:, 0]), self.temperature)
+        states = self.controlled(self.reads)
+        hidden = self.decode(self.current, positions=positions, attention=attention, states=states)
+        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
         self.entered += 1 if alive is None else alive
         column = self.entered[:, None]
         drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=self.temperature == 0)
@@ -347,10 +344,10 @@ class RolloutEngine:
 
     def compact(self) -> None:
         """Drops idle rows once no request waits, so that finished sequences stop costing."""
-        kept = [row for row, sequence in enumerate(self.running) if sequence is not None]
-        if self.queue or not kept or len(kept) > COMPACT_BELOW_FRACTION * len(self.running):
+        if self.queue or self.state_control == "shuffled":
             return
-        if self.state_control == "shuffled":
+        kept = [row for row, sequence in enumerate(self.running) if sequence is not None]
+        if not kept or len(kept) > COMPACT_BELOW_FRACTION * len(self.running):
             return
         rows: Int[Tensor, " rows"] = torch.tensor(kept, device=self.current.device)
         self.cache = self.cache.select(rows)

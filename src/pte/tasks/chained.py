@@ -62,6 +62,7 @@ class _Shape:
     modulus: int
     min_distance: int
     max_distance: int
+    names: tuple[str, ...]
 
 
 def generate_problems(
@@ -74,6 +75,7 @@ def generate_problems(
     modulus: int = MAX_MODULUS,
     min_distance: int = 1,
     max_distance: int | None = None,
+    num_names: int | None = None,
 ) -> list[ChainedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
@@ -91,6 +93,8 @@ def generate_problems(
             or used as an operand) and its next use; 1 is the statement right after it. Where no
             result is far enough back, operands are constants.
         max_distance: Most statements between the two; None sets no upper bound.
+        num_names: Variable names that problems draw from, the first ones of the pool; None for all 60.
+            With fewer, a memory has fewer keys to tell apart.
 
     Raises:
         ValueError: An argument is out of range, or the constants make too few different pairs for
@@ -99,7 +103,8 @@ def generate_problems(
     _require(count >= 0, "count", "be at least 0", count, "0 for none")
     _require(seed >= 0, "seed", "be at least 0", seed, str(abs(seed)))
     _require(split in ("train", "heldout"), "split", "be 'train' or 'heldout'", split, "'heldout'")
-    shape = _checked_shape(num_statements, num_constants, modulus, min_distance, max_distance)
+    names = _checked_names(num_names, needed=num_statements + num_constants)
+    shape = _checked_shape(num_statements, num_constants, modulus, min_distance, max_distance, names)
     drawn = _draw_problems(random.Random(seed), shape=shape, split=split)
     return [next(drawn) for _ in range(count)]
 
@@ -163,7 +168,7 @@ def embedded_model_dir() -> Path:
 def _draw_problems(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[ChainedProblem]:
     """Endless problems of one split: draws until the hash of the text falls into it."""
     while True:
-        names = rng.sample(VARIABLE_NAMES, shape.num_constants + shape.num_statements)
+        names = rng.sample(shape.names, shape.num_constants + shape.num_statements)
         constants, results = names[: shape.num_constants], names[shape.num_constants :]
         values = {name: rng.randrange(shape.modulus) for name in constants}
         statements = _draw_statements(rng, constants=constants, results=results, shape=shape)
@@ -228,6 +233,7 @@ def _checked_shape(
     modulus: int,
     min_distance: int,
     max_distance: int | None,
+    names: tuple[str, ...],
 ) -> _Shape:
     """The shape, or a ValueError that names the parameter, the rule, the value and a remedy."""
     _require(num_constants >= 2, "num_constants", "be at least 2", num_constants, "2 or more")
@@ -257,7 +263,17 @@ def _checked_shape(
         num_constants,
         "more constants or a smaller min_distance",
     )
-    return _Shape(num_statements, num_constants, modulus, min_distance, furthest)
+    return _Shape(num_statements, num_constants, modulus, min_distance, furthest, names)
+
+
+def _checked_names(num_names: int | None, *, needed: int) -> tuple[str, ...]:
+    """The names to draw from, or a ValueError; too many variables for the whole pool are `_checked_shape`'s to say."""
+    if num_names is None:
+        return VARIABLE_NAMES
+    most = len(VARIABLE_NAMES)
+    rule = f"be from num_statements + num_constants ({needed}) to {most}"
+    _require(needed <= num_names <= most, "num_names", rule, num_names, f"{min(needed, most)} or more")
+    return VARIABLE_NAMES[:num_names]
 
 
 def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:

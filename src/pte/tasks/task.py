@@ -21,6 +21,7 @@ from pte.tasks.problems import BOXED_INSTRUCTION, Problem, PromptTemplate, encod
 from pte.tasks.problems import Tokenizer as PromptTokenizer
 
 GENERATED_AT_ONCE = 256
+PROMPTS_LOOKED_AT = 2000
 
 
 class Tokenizer(PromptTokenizer, Protocol):
@@ -73,15 +74,43 @@ class Task:
         return (self.tokenizer.eos_token_id,)
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
-        """The prompt as token ids."""
-        return tuple(
-            encode_prompt(problem.problem, self.tokenizer, template=self.template, instruction=self.instruction)
+        """The prompt as token ids.
+
+        Raises:
+            ValueError: The problem has no text, or the tokenizer cannot encode it.
+        """
+        if not problem.problem.strip():
+            raise ValueError(f"problem {problem.id!r} must not be empty, got {problem.problem!r}; write its text")
+        try:
+            ids = encode_prompt(problem.problem, self.tokenizer, template=self.template, instruction=self.instruction)
+        except ValueError:
+            raise
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(
+                f"problem {problem.id!r} must be text that the model's tokenizer can encode, got "
+                f"{problem.problem[:60]!r} ({error}); use the words of its vocabulary"
+            ) from error
+        return tuple(ids)
+
+    def longest_prompt(self) -> tuple[int, ...]:
+        """The longest prompt of the first 2000 training problems."""
+        return max(
+            (self.prompt_ids(self.training(position).problem) for position in range(PROMPTS_LOOKED_AT)), key=len
         )
 
     def completion_ids(self, trace: str) -> tuple[int, ...]:
         """A right completion as token ids, ended by the end token."""
         ids = tuple(self.tokenizer.encode(trace, add_special_tokens=False))
         return ids if ids and ids[-1] in self.stop_token_ids else (*ids, self.stop_token_ids[0])
+
+    @staticmethod
+    def columns(problems: Sequence[Problem]) -> dict[str, list[str]]:
+        """Fields of the problems, as a reward function gets them."""
+        return {
+            "answer": [problem.answer for problem in problems],
+            "id": [problem.id for problem in problems],
+            "source": [problem.source for problem in problems],
+        }
 
     def text(self, completion_ids: Sequence[int]) -> str:
         """The text of a completion."""
@@ -98,6 +127,7 @@ def chained_task(
     modulus: int,
     min_distance: int,
     max_distance: int | None,
+    num_names: int | None,
 ) -> Task:
     """The embedded task; held-out problems never occur in training (`chained.split_of`)."""
     blocks: dict[int, list[TrainingProblem]] = {}
@@ -108,6 +138,7 @@ def chained_task(
         modulus=modulus,
         min_distance=min_distance,
         max_distance=max_distance,
+        num_names=num_names,
     )
 
     def training(position: int) -> TrainingProblem:
@@ -169,6 +200,11 @@ def jsonl_task(
         problem = problems[orders[epoch][offset]]
         return TrainingProblem(problem, traces.get(problem.id))
 
+    sets = [Path(path).stem for path in eval_paths]
+    if repeated := sorted({name for name in sets if sets.count(name) > 1}):
+        raise ValueError(
+            f"task.eval_paths must have different file names (they name the sets), got {repeated[0]!r} twice; rename one"
+        )
     functions: dict[str, RewardFunction] = {"math": math_reward, "exact": exact_reward(last_line)}
     accuracy = functions["exact" if reward == "exact" else "math"]
     return Task(
@@ -193,15 +229,16 @@ def load_traces(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"traces_path must exist, got {path}; paths are relative to the working folder")
     traces: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Lines end at newlines alone: JSON text may hold other separators.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode())
             key, trace = entry["id"], entry["trace"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path}, line {number}: a trace must be a JSON object with "id" and "trace", got {line[:60]!r}'
+                f'{path}, line {number}: a trace must be a JSON object with "id" and "trace", got {line[:60].decode(errors="replace")!r}'
             ) from error
         if not (isinstance(key, str) and isinstance(trace, str) and trace) or key in traces:
             raise ValueError(f"{path}, line {number}: id and trace must be text, each id once, got id {key!r}")

@@ -1,0 +1,207 @@
+"""The rollout's forward: one new token of every sequence through the base's layers, in few operations.
+
+Decides: how a layer computes a single token a row. It equals `run_layers` with one token a row, the naive program: the
+same products, rounded at the same places, without the library's modules, whose overhead is most of a small step.
+The base's weights are multiplied with where they lie, so that a large base never exists twice: [W; B] of an input
+group as one product would be a copy of the base for a tenth of a small step. Does not know: slots, sampling.
+
+Paper: pi^D_theta(y_t | C_t^D) with theta' = theta + A S_e B, for one t.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from pte.method.adapter import INPUT_GROUPS
+from pte.model.policy import linear_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+    from pte.method.adapter import AdapterWeights, GroupWeights
+    from pte.model.policy import BoundedPolicy
+    from pte.model.segment import LayerAttention
+
+
+class DecodeStep:
+    """Final hidden states (after the last norm) of one new token of every sequence.
+
+    Args:
+        policy: Base and adapter.
+        weights: `adapter_weights(policy)`.
+        num_positions: All positions are below this; their cosines and sines are made here, once.
+    """
+
+    def __init__(self, policy: BoundedPolicy, weights: AdapterWeights | None, *, num_positions: int) -> None:
+        decoder = policy.base.get_decoder()
+        self.embed_tokens = decoder.embed_tokens
+        self.layers = [
+            DecodeLayer(policy, index, None if weights is None else weights[index])
+            for index in range(len(decoder.layers))
+        ]
+        self.norm = DecodeNorm.of(decoder.norm)
+        self.rotations = rotations(policy, num_positions)
+
+    def __call__(
+        self,
+        token_ids: Int[Tensor, " batch"],
+        *,
+        positions: Int[Tensor, " batch"],
+        attention: LayerAttention,
+        states: Float[Tensor, "layers batch rank rank"] | None,
+    ) -> Float[Tensor, "batch hidden"]:
+        """What the head reads.
+
+        Args:
+            token_ids: The new tokens.
+            positions: Absolute positions.
+            attention: Writes and reads keys and values.
+            states: What the adapters read, for every row; None for S = I or without adapter.
+        """
+        hidden = self.embed_tokens(token_ids)
+        rotation = self.rotations[positions]
+        transposed = (None,) * len(self.layers) if states is None else states.transpose(2, 3).unbind(0)
+        for layer, state in zip(self.layers, transposed, strict=True):
+            hidden = layer(hidden, rotation=rotation, attention=attention, state=state)
+        return self.norm(hidden)
+
+
+class DecodeLayer:
+    """One decoder layer on one token a row.
+
+    Args:
+        policy: Base and adapter.
+        index: Of the layer.
+        weights: Of its adapted maps by input group, or None for the base alone.
+    """
+
+    def __init__(self, policy: BoundedPolicy, index: int, weights: tuple[GroupWeights | None, ...] | None) -> None:
+        layer = policy.base.get_decoder().layers[index]
+        self.index = index
+        self.head_dim: int = layer.self_attn.head_dim
+        self.query_heads = linear_of(layer, "q_proj").out_features // self.head_dim
+        self.scaling: float = layer.self_attn.scaling
+        self.activation = layer.mlp.act_fn
+        self.input_norm = DecodeNorm.of(layer.input_layernorm)
+        self.mlp_norm = DecodeNorm.of(layer.post_attention_layernorm)
+        self.head_norm = self.stacked_head_norm(layer) if hasattr(layer.self_attn, "q_norm") else None
+        self.qkv, self.output, self.gate_up, self.down = (
+            InputGroup(
+                tuple(linear_of(layer, name) for name in names),
+                None if weights is None else weights[group],
+                adapted=() if policy.adapter is None else tuple(map(names.index, policy.adapter.groups[group])),
+            )
+            for group, names in enumerate(INPUT_GROUPS)
+        )
+
+    def stacked_head_norm(self, layer: nn.Module) -> DecodeNorm:
+        """The norms of query and key heads as one, with the weight of each head."""
+        query, key = (DecodeNorm.of(layer.get_submodule(f"self_attn.{name}")) for name in ("q_norm", "k_norm"))
+        key_heads = linear_of(layer, "k_proj").out_features // self.head_dim
+        weights = (query.weight.expand(self.query_heads, -1), key.weight.expand(key_heads, -1))
+        return DecodeNorm(torch.cat(weights), query.epsilon)
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "batch hidden"],
+        *,
+        rotation: Float[Tensor, "batch 2 1 head_dim"],
+        attention: LayerAttention,
+        state: Float[Tensor, "batch rank rank"] | None,
+    ) -> Float[Tensor, "batch hidden"]:
+        """The residual stream after the layer."""
+        batch = hidden.shape[0]
+        query, key, value = self.qkv(self.input_norm(hidden), state)
+        heads = torch.cat((query, key), dim=1).view(batch, -1, self.head_dim)
+        if self.head_norm is not None:
+            heads = self.head_norm(heads)
+        heads = rotate(heads, rotation)[:, :, None]
+        attended = attention.attend(
+            self.index,
+            heads[:, : self.query_heads],
+            key=heads[:, self.query_heads :],
+            value=value.view(batch, -1, 1, self.head_dim),
+            scaling=self.scaling,
+        )
+        hidden = hidden + self.output(attended.reshape(batch, -1), state)[0]
+        gate, up = self.gate_up(self.mlp_norm(hidden), state)
+        return hidden + self.down(self.activation(gate) * up, state)[0]
+
+
+class InputGroup:
+    """W x + scale * A (S (B x)) of all maps of a layer that read the same x, as `ThoughtLinear` computes them.
+
+    Args:
+        maps: The frozen maps.
+        weights: A and B of the adapted ones, or None when there is none.
+        adapted: Places of the adapted ones in `maps`.
+    """
+
+    def __init__(self, maps: tuple[nn.Linear, ...], weights: GroupWeights | None, *, adapted: tuple[int, ...]) -> None:
+        self.frozen = [(linear.weight.t(), linear.bias) for linear in maps]
+        self.down = None if weights is None else weights.down.t()
+        self.ups = () if weights is None else tuple(zip(adapted, weights.ups, strict=True))
+
+    def __call__(
+        self, x: Float[Tensor, "batch in_features"], state: Float[Tensor, "batch rank rank"] | None
+    ) -> list[Float[Tensor, "batch _"]]:
+        """Outputs of all maps; `state` is S^T of each row, or None for S = I."""
+        outputs = [
+            torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.frozen
+        ]
+        if self.down is None:
+            return outputs
+        low = torch.mm(x, self.down).view(x.shape[0], len(self.ups), -1)
+        if state is not None:
+            low = torch.bmm(low.to(state.dtype), state).to(x.dtype)
+        for (place, up), part in zip(self.ups, low.unbind(1), strict=True):
+            outputs[place].addmm_(part, up)
+        return outputs
+
+
+class DecodeNorm:
+    """weight * x / RMS(x), rounded where the library rounds: float32 inside, then x's dtype, then the weight.
+
+    Args:
+        weight: Of each channel, or of each head and channel.
+        epsilon: Added to the mean square.
+    """
+
+    def __init__(self, weight: Float[Tensor, "*heads channels"], epsilon: float) -> None:
+        self.weight = weight
+        self.epsilon = epsilon
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> DecodeNorm:
+        """The same norm as one of the library's modules."""
+        weight, epsilon = norm.weight, norm.variance_epsilon
+        assert isinstance(weight, torch.Tensor) and isinstance(epsilon, float)
+        return cls(weight, epsilon)
+
+    def __call__(self, x: Float[Tensor, "batch *heads channels"]) -> Float[Tensor, "batch *heads channels"]:
+        """Over the last axis."""
+        return self.weight * functional.rms_norm(x.float(), x.shape[-1:], eps=self.epsilon).to(x.dtype)
+
+
+def rotations(policy: BoundedPolicy, num_positions: int) -> Float[Tensor, "positions 2 1 head_dim"]:
+    """Cosines and signed sines of positions 0, 1, ..., made by the model's own rotary module.
+
+    The first half of a head has its sine negated, so that `rotate` need not negate the channels.
+    """
+    decoder = policy.base.get_decoder()
+    positions = torch.arange(num_positions, device=policy.device)[None]
+    cos, sin = decoder.rotary_emb(decoder.embed_tokens.weight[:1], positions)
+    first, second = sin[0].chunk(2, dim=-1)
+    return torch.stack((cos[0], torch.cat((-first, second), dim=-1)), dim=1)[:, :, None]
+
+
+def rotate(
+    heads: Float[Tensor, "batch heads head_dim"], rotation: Float[Tensor, "batch 2 1 head_dim"]
+) -> Float[Tensor, "batch heads head_dim"]:
+    """x cos + rotate_half(x) sin, with channels i and i + head_dim / 2 as a pair."""
+    cos, signed_sin = rotation.unbind(1)
+    return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * signed_sin
