@@ -80,9 +80,12 @@ class Summary:
         grpo_steps: GRPO steps of every trained arm.
         max_logprob_gap: Largest gap between rollout and replay over all steps of all arms, nats.
         gap_closed: (pte - lora_window) / (lora_full - lora_window); None without a gap.
-        warm_start_reward: PTE's accuracy after the warm start.
-        warm_start_ci95: Its 95 % interval.
-        final_reward: PTE's accuracy in the end.
+        warm_start_accuracy: PTE's accuracy after the warm start.
+        warm_start_reward: PTE's mean reward after the warm start, sampled at the rollouts' temperature on the held-out
+            problems.
+        warm_start_reward_ci95: Its 95 % interval.
+        final_reward: The same in the end.
+        final_reward_ci95: Its 95 % interval.
         arms: By name.
     """
 
@@ -97,9 +100,11 @@ class Summary:
     grpo_steps: int
     max_logprob_gap: float
     gap_closed: float | None
+    warm_start_accuracy: float
     warm_start_reward: float
-    warm_start_ci95: tuple[float, float]
+    warm_start_reward_ci95: tuple[float, float]
     final_reward: float
+    final_reward_ci95: tuple[float, float]
     arms: dict[str, ArmScore]
 
 
@@ -149,7 +154,8 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
 
         def score_warm_start(steps: int) -> None:
             if steps == own.distill.steps:
-                replace_synced(directory / WARM_START_FILE, json.dumps(score(own, session)).encode())
+                warm = {"accuracy": score(own, session), "reward": score(sampled(own), session)}
+                replace_synced(directory / WARM_START_FILE, json.dumps(warm, indent=2).encode())
 
         # A run that was killed after the checkpoint between the stages, while it was being scored, is scored here.
         score_warm_start(run.done_steps)
@@ -159,6 +165,7 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
         session = open_session(own)
     result[arm] = score(own, session)
     if arm == "pte":
+        result["reward"] = score(sampled(own), session)
         for control in ("pte_zeroed", "pte_shuffled"):
             result[control] = score(arm_config(config, control), session)
     result["seconds"] = time.perf_counter() - started
@@ -171,6 +178,11 @@ def end_with_comparison(stop: Event) -> None:
     assert parent is not None
     for ended in (stop.wait, parent.join):
         threading.Thread(target=lambda wait=ended: (wait(), os._exit(1)), daemon=True).start()
+
+
+def sampled(config: ExperimentConfig) -> ExperimentConfig:
+    """The same, scored on samples at the rollouts' temperature: the expected reward, which is what GRPO raises."""
+    return replace(config, eval=replace(config.eval, temperature=config.rollout.temperature))
 
 
 def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
@@ -231,9 +243,12 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     count = workers or (1 if config.model.device.startswith("cuda") else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    with ProcessPoolExecutor(
-        max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(stop,)
-    ) as pool, progress:
+    with (
+        ProcessPoolExecutor(
+            max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(stop,)
+        ) as pool,
+        progress,
+    ):
         futures = {arm: pool.submit(run_arm, config, arm) for arm in jobs}
         try:
             watch(futures, config=config, directory=directory, progress=progress, console=console)
@@ -320,6 +335,7 @@ def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> S
         arm: json.loads((directory / arm / RESULT_FILE).read_text()) for arm in (*TRAINED, "base_full", "base_window")
     }
     scores = {arm: results[arm if arm in results else "pte"][arm] for arm in ARMS}
+    reward = results["pte"]["reward"]
     arms = {
         arm: ArmScore(
             accuracy=one["accuracy"],
@@ -344,9 +360,11 @@ def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> S
         grpo_steps=config.train.steps,
         max_logprob_gap=max(float(row["logprob_gap_max"] or 0) for row in rows if "logprob_gap_max" in row),
         gap_closed=(arms["pte"].accuracy - low) / (high - low) if high > low else None,
-        warm_start_reward=warm["accuracy"],
-        warm_start_ci95=(warm["ci95"][0], warm["ci95"][1]),
-        final_reward=arms["pte"].accuracy,
+        warm_start_accuracy=warm["accuracy"]["accuracy"],
+        warm_start_reward=warm["reward"]["accuracy"],
+        warm_start_reward_ci95=(warm["reward"]["ci95"][0], warm["reward"]["ci95"][1]),
+        final_reward=reward["accuracy"],
+        final_reward_ci95=(reward["ci95"][0], reward["ci95"][1]),
         arms=arms,
     )
 
@@ -370,7 +388,7 @@ def arms_table(summary: Summary) -> Table:
         )
     closed = "no gap" if summary.gap_closed is None else f"{100 * summary.gap_closed:.0f} %"
     table.caption = (
-        f"gap from LoRA_c to full-cache LoRA closed by PTE: {closed}; GRPO moved PTE's reward from "
+        f"gap from LoRA_c to full-cache LoRA closed by PTE: {closed}; GRPO moved PTE's sampled reward from "
         f"{summary.warm_start_reward:.3f} to {summary.final_reward:.3f}; largest gap between rollout and replay "
         f"{summary.max_logprob_gap:.1e} nats; {summary.seconds:.0f} s"
     )

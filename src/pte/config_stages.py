@@ -108,7 +108,7 @@ class TrainConfig:
     horizon: int = 1
     """Evictions that the gradient passes through, with gradient_mode `horizon`."""
     dynamic_sampling: bool = False
-    """Replace groups whose rewards all tie by groups of further prompts."""
+    """Replace groups that are all right or all wrong by groups of further prompts."""
     max_resample_rounds: int = 3
     """Rounds of further prompts at most, with dynamic_sampling."""
     max_logprob_gap: float | None = None

@@ -23,6 +23,7 @@ from pte.tasks.task import PROMPTS_LOOKED_AT
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
 
+
 def dry_run(config: ExperimentConfig) -> str:
     """Runs the worst case of every stage once and says what it took.
 

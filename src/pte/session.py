@@ -15,11 +15,11 @@ import torch
 
 from pte.checkpoint import load_adapter
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
+from pte.learn.rewards import compute_rewards
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
-from pte.learn.rewards import compute_rewards
 from pte.model.load import check_positions, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 from pte.tasks.chained import embedded_model_dir

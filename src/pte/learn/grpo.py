@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -216,10 +216,10 @@ class GrpoStage:
         totals = BatchTotals(sequences=len(scored), tokens=sum(len(one.rollout.completion_ids) for one in scored))
         sums = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "ratio": 0.0, "kl": 0.0}
         gaps: list[tuple[int, LogprobGap]] = []
-        lengths = [len(one.rollout.completion_ids) for one in scored]
-        for batch in by_length(scored, lengths, size=self.micro_batch_size):
+        for batch, learns in self.micro_batches(scored):
             padded = collate_rollouts([one.rollout for one in batch], device=self.engine.policy.device)
-            output = self.replay(padded)
+            with torch.set_grad_enabled(learns):
+                output = self.replay(padded)
             mask = padded.completion_mask
             tokens = int(mask.sum())
             rollout_logprobs = recorded_logprobs(batch, like=output.policy_logprobs)
@@ -248,7 +248,8 @@ class GrpoStage:
                 reference_logprobs=reference,
             )
             check_finite_loss(loss.loss)
-            loss.loss.backward()
+            if learns:
+                loss.loss.backward()
             share = tokens / totals.tokens
             sums["loss"] += loss.loss.item()
             sums["entropy"] += output.entropies.sum().item() / totals.tokens
@@ -264,6 +265,18 @@ class GrpoStage:
             "logprob_gap_mean": sum(gap.mean * tokens for tokens, gap in gaps) / totals.tokens,
             "logprob_gap_kl": sum(gap.kl * tokens for tokens, gap in gaps) / totals.tokens,
         }
+
+    def micro_batches(self, scored: Sequence[ScoredRollout]) -> Iterator[tuple[list[ScoredRollout], bool]]:
+        """Micro-batches, each with whether it has a gradient: completions of tied groups have none without a KL term.
+
+        They are replayed all the same, without a graph, so that the gap is measured on every completion.
+        """
+        learning = [one for one in scored if one.advantage != 0 or self.reference is not None]
+        tied = [one for one in scored if one.advantage == 0 and self.reference is None]
+        for group, learns in ((learning, True), (tied, False)):
+            lengths = [len(one.rollout.completion_ids) for one in group]
+            for batch in by_length(group, lengths, size=self.micro_batch_size):
+                yield batch, learns
 
     def rollout_metrics(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
         """Means over the rollouts of a step."""

@@ -1,4 +1,4 @@
-"""One forward for all uses: tokens through the base's layers, with our attention and the states as arguments.
+"""Tokens through the base's layers, many at once, with our attention and the states as arguments.
 
 Decides: how a decoder layer is called (our attention function, no cache and no mask of the library's), how states
 are bound while it runs, and where keys and values of the global tokens and angles of positions come from.

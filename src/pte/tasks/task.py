@@ -94,9 +94,7 @@ class Task:
 
     def longest_prompt(self) -> tuple[int, ...]:
         """The longest prompt of the first 2000 training problems."""
-        return max(
-            (self.prompt_ids(self.training(position).problem) for position in range(PROMPTS_LOOKED_AT)), key=len
-        )
+        return max((self.prompt_ids(self.training(position).problem) for position in range(PROMPTS_LOOKED_AT)), key=len)
 
     def completion_ids(self, trace: str) -> tuple[int, ...]:
         """A right completion as token ids, ended by the end token."""
@@ -203,7 +201,8 @@ def jsonl_task(
     sets = [Path(path).stem for path in eval_paths]
     if repeated := sorted({name for name in sets if sets.count(name) > 1}):
         raise ValueError(
-            f"task.eval_paths must have different file names (they name the sets), got {repeated[0]!r} twice; rename one"
+            f"task.eval_paths must have different file names (they name the sets), got {repeated[0]!r} twice; "
+            f"rename one"
         )
     functions: dict[str, RewardFunction] = {"math": math_reward, "exact": exact_reward(last_line)}
     accuracy = functions["exact" if reward == "exact" else "math"]
@@ -237,8 +236,9 @@ def load_traces(path: str | Path) -> dict[str, str]:
             entry = json.loads(line.decode())
             key, trace = entry["id"], entry["trace"]
         except (ValueError, KeyError, TypeError) as error:
+            shown = line[:60].decode(errors="replace")
             raise ValueError(
-                f'{path}, line {number}: a trace must be a JSON object with "id" and "trace", got {line[:60].decode(errors="replace")!r}'
+                f'{path}, line {number}: a trace must be a JSON object with "id" and "trace", got {shown!r}'
             ) from error
         if not (isinstance(key, str) and isinstance(trace, str) and trace) or key in traces:
             raise ValueError(f"{path}, line {number}: id and trace must be text, each id once, got id {key!r}")
