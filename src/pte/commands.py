@@ -41,11 +41,14 @@ if TYPE_CHECKING:
     from pte.tasks.evaluate import EvaluatedCompletion
 
 LINES_WITHOUT_TERMINAL = 20
+WIDTH_WITHOUT_TERMINAL = 120
 
 
 def run(command: str, arguments: object) -> None:
     """Runs a parsed command."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_WITHOUT_TERMINAL)
     transformers_logging.disable_progress_bar()
     {
         "train": train_command,

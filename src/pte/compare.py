@@ -44,6 +44,7 @@ TRAINED = ("pte", "lora_window", "lora_full")
 ARMS = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
 RESULT_FILE = "result.json"
 WARM_START_FILE = "warm_start.json"
+REWARD_SAMPLES = 4
 POLL_SECONDS = 0.5
 
 
@@ -182,7 +183,10 @@ def end_with_comparison(stop: Event) -> None:
 
 def sampled(config: ExperimentConfig) -> ExperimentConfig:
     """The same, scored on samples at the rollouts' temperature: the expected reward, which is what GRPO raises."""
-    return replace(config, eval=replace(config.eval, temperature=config.rollout.temperature))
+    scores = replace(
+        config.eval, temperature=config.rollout.temperature, samples_per_problem=REWARD_SAMPLES, pass_at=(1,)
+    )
+    return replace(config, eval=scores)
 
 
 def score(config: ExperimentConfig, session: object) -> dict[str, Json]:

@@ -135,7 +135,6 @@ def test_a_shuffled_state_is_a_neighbour_s() -> None:
         assert torch.equal(mine.rollout_logprobs, theirs.rollout_logprobs)
 
 
-@pytest.mark.xfail(strict=True, reason="one request makes one row, whose neighbour is itself: the control does nothing")
 def test_a_shuffled_state_of_a_single_request_is_refused() -> None:
     with pytest.raises(ValueError, match="shuffled"):
         sample(tiny_policy(), requests_for(PROMPTS[:1]), slots=2, state_control="shuffled")

@@ -9,6 +9,7 @@ Paper: pi^D_theta(y|p) = prod_t pi_theta(y_t | C_t^D).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +58,7 @@ class BoundedPolicy:
         """The base alone under the same budget; the adapter stays on the base and is switched off while it runs."""
         return replace(self, adapter=None)
 
-    @property
+    @cached_property
     def cache_shape(self) -> CacheShape:
         """What one token costs in the cache."""
         sizes = layer_sizes(self.base)

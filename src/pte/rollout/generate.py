@@ -115,10 +115,14 @@ class RolloutEngine:
             on_finish: Called with each rollout as it ends, for progress.
 
         Raises:
-            ValueError: A prompt plus max_new_tokens exceeds the trained positions.
+            ValueError: A prompt plus max_new_tokens exceeds the trained positions, or one request is to be shuffled.
         """
         if not requests:
             return []
+        if self.state_control == "shuffled" and len(requests) < 2:
+            raise ValueError(
+                f"state_control 'shuffled' needs 2 sequences or more, got {len(requests)}; give more prompts"
+            )
         longest = max(len(request.prompt_ids) for request in requests)
         check_positions(
             self.policy.base.config,

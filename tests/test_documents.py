@@ -1,0 +1,170 @@
+"""What is written down is true: experiments load, every field is read, every example of the command parses."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
+from pte.config import ExperimentConfig
+from pte.config_file import SECTIONS, load_experiment, read_experiment_file
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    path
+    for path in (ROOT / "src" / "pte").rglob("*.py")
+    if not path.name.startswith("config") and path.name != "cli.py"
+]
+EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_there_are_experiments() -> None:
+    assert {"embedded.toml", "gsm8k.toml"} <= {path.name for path in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_loads_and_is_trainable(path: Path) -> None:
+    config = load_experiment(path)
+    config.check_trainable()
+    assert config.run.name == path.stem, "each experiment has a run directory of its own"
+    for section, values in read_experiment_file(path).items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+
+
+def test_the_main_job_is_the_one_that_was_asked_for() -> None:
+    config = load_experiment(ROOT / "configs" / "embedded.toml")
+    trace_tokens = 10 * config.task.num_statements + 4
+    assert trace_tokens >= 4 * config.cache.window_tokens, "traces are at least four windows long"
+    assert config.rollout.max_new_tokens >= trace_tokens and config.eval.max_new_tokens >= trace_tokens
+    assert config.eval.problems is not None and config.eval.problems >= 512
+    assert config.eval.temperature == 0
+    assert config.distill.steps and config.train.steps
+
+
+def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
+    config = load_experiment(ROOT / "configs" / "gsm8k.toml")
+    assert config.train.steps >= 20
+    assert "gsm8k_train" in str(config.task.train_path)
+    assert [Path(name).stem for name in config.task.eval_paths] == ["gsm8k_test", "aime24"]
+    assert not {config.task.train_path} & set(config.task.eval_paths)
+
+
+def fields_read() -> set[tuple[str, str]]:
+    """(section, field) for every attribute that the sources read of a section.
+
+    A section is reached as `config.<section>.<field>`, or through a name that was assigned a section or annotated with
+    its class, as in `task = config.task` or `stage: TrainConfig`.
+    """
+    classes = {cls.__name__: name for name, cls in SECTIONS.items()}
+    found = set()
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            names: dict[str, set[str]] = {}
+            for node in ast.walk(function):
+                if isinstance(node, ast.arg) and node.annotation is not None:
+                    written = ast.unparse(node.annotation)
+                    names.setdefault(node.arg, set()).update(
+                        section for name, section in classes.items() if re.search(rf"\b{name}\b", written)
+                    )
+                if isinstance(node, ast.Assign):
+                    for target, value in pairs(node):
+                        if isinstance(value, ast.Attribute) and value.attr in SECTIONS:
+                            names.setdefault(target, set()).add(value.attr)
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    owner = node.value
+                    if isinstance(owner, ast.Attribute) and owner.attr in SECTIONS:
+                        found.add((owner.attr, node.attr))
+                    elif isinstance(owner, ast.Name):
+                        found |= {(section, node.attr) for section in names.get(owner.id, ())}
+    return found
+
+
+def pairs(node: ast.Assign) -> list[tuple[str, ast.expr]]:
+    """Names and values of an assignment, also of `a, b = c, d`."""
+    plain = []
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            plain += [(t.id, v) for t, v in zip(target.elts, node.value.elts, strict=False) if isinstance(t, ast.Name)]
+        elif isinstance(target, ast.Name):
+            plain.append((target.id, node.value))
+    return plain
+
+
+# Read inside the configuration itself: the schedule and the eviction policy get them, under a property's name.
+READ_BY_A_PROPERTY = {("cache", "window_tokens"): "schedule", ("cache", "evict_tokens"): "schedule"}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_of_a_section_is_read_somewhere(section: str) -> None:
+    read = fields_read()
+    for field in dataclasses.fields(SECTIONS[section]):
+        name = READ_BY_A_PROPERTY.get((section, field.name), field.name)
+        assert (section, name) in read, f"nothing reads {section}.{field.name}"
+
+
+def test_a_field_that_nothing_reads_would_be_noticed() -> None:
+    read = fields_read()
+    assert ("train", "steps") in read and ("train", "rank") not in read and ("run", "steps") not in read
+
+
+def examples() -> list[str]:
+    texts = [OVERVIEW.partition("examples:")[2], *EXAMPLES.values()]
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip().startswith("pte ")]
+
+
+@pytest.mark.parametrize("line", [line for line in examples() if " COMMAND " not in line])
+def test_every_example_of_the_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A saved adapter is somebody's run; all else of the example is checked without it.
+    line = re.sub(r"--adapter\.checkpoint \S+", "", line)
+    monkeypatch.chdir(ROOT)
+    _, command, *words = shlex.split(line)
+    parsed = parse(command, words)
+    assert isinstance(parsed, ARGUMENTS[command])
+
+
+def test_every_command_has_an_example_and_a_line_in_the_overview() -> None:
+    assert EXAMPLES.keys() == ARGUMENTS.keys()
+    for command in ARGUMENTS:
+        assert re.search(rf"^  {command} +[a-z]", OVERVIEW, re.MULTILINE)
+
+
+def commands_of_readme() -> list[str]:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        return []
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix("$ ") for line in lines]
+
+
+def test_every_pte_command_of_the_readme_parses_and_every_make_target_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = commands_of_readme()
+    if not any(line.startswith("pte ") for line in lines):
+        pytest.skip("the README has no commands yet")
+    monkeypatch.chdir(ROOT)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["pte"] and len(words) > 1 and words[1] in ARGUMENTS:
+            parse(words[1], shlex.split(re.sub(r"--adapter\.checkpoint[ =]\S+", "", line), comments=True)[2:])
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= targets, line
+
+
+def test_the_readme_is_at_most_150_lines() -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("there is no README yet")
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_configuration_has_the_sections_of_its_files() -> None:
+    assert [field.name for field in dataclasses.fields(ExperimentConfig)] == list(SECTIONS)
