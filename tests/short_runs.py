@@ -108,7 +108,6 @@ def text_model(directory: Path) -> Path:
     path = directory / "model"
     shutil.copytree(embedded_model_dir(), path)
     config = json.loads((path / "tokenizer_config.json").read_text())
-    config.pop("auto_map", None)
     config["chat_template"] = "<bos> {{ messages[0]['content'] }}"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

@@ -140,7 +140,7 @@ BAD_FLAGS = {
     ),
     "unknown choice": (
         ["--train.loss", "ppo"],
-        "--train.loss: Expected exactly one of ('grpo', 'dr_grpo', 'dapo', 'gs",
+        "'--train.loss'. Expected one of ('grpo', 'dr_grpo', 'dapo', 'gspo')",
     ),
 }
 
@@ -399,8 +399,24 @@ def test_an_unsupported_model_is_refused_by_name(
 ) -> None:
     path = text_model(tmp_path)
     config.save_pretrained(path)
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+    tokenizer.pop("auto_map", None)
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     said = refused("train", *short_flags(model__path=path))
     assert message in said and "; use " in said
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = text_model(tmp_path)
+    weights = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    smaller = {
+        name: tensor[:100] if len(tensor) == config["vocab_size"] else tensor for name, tensor in weights.items()
+    }
+    save_file({name: tensor.clone() for name, tensor in smaller.items()}, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    said = refused("train", *short_flags(model__path=path))
+    assert re.search(r"the tokenizer must be the model's own, got token \d+ for a model of 100 tokens; use the", said)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
     assert not {config.task.train_path} & set(config.task.eval_paths)
 
 
+@cache
 def fields_read() -> set[tuple[str, str]]:
     """(section, field) for every attribute that the sources read of a section.
 
@@ -140,7 +142,9 @@ def commands_of_readme() -> list[str]:
     readme = ROOT / "README.md"
     if not readme.is_file():
         return []
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    # Text and code take turns: text, (language, code), text, ...
+    parts = re.split(r"^```(\w*)\n(.*?)^```$", readme.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    blocks = [code for language, code in zip(parts[1::3], parts[2::3], strict=True) if language != "python"]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip().removeprefix("$ ") for line in lines]
 

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\npte: interrupted; a run goes on with --run.resume", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"pte {command}: {error}", file=sys.stderr)
+        print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 3 if type(error).__name__ == "TrainingStopped" else 2
     return 0
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
 from pte.compare import compare
@@ -47,6 +48,7 @@ WIDTH_WITHOUT_TERMINAL = 120
 def run(command: str, arguments: object) -> None:
     """Runs a parsed command."""
     console = Console()
+    disable_progress_bar()
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
     transformers_logging.disable_progress_bar()

@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ RESULT_FILE = "result.json"
 WARM_START_FILE = "warm_start.json"
 REWARD_SAMPLES = 4
 POLL_SECONDS = 0.5
+LINE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,12 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
         arm: One that is trained, or a base arm, which is only scored.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from pte.learn.trainer import open_run, train
 
     torch.set_num_threads(1)
+    disable_progress_bar()
     started = time.perf_counter()
     own = arm_config(config, arm)
     directory = Path(own.run.output_dir) / arm
@@ -173,12 +176,18 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
     replace_synced(directory / RESULT_FILE, json.dumps(result, indent=2).encode())
 
 
-def end_with_comparison(stop: Event) -> None:
-    """Ends this worker when the comparison fails or dies: a resumed one must find nobody writing in its runs."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    for ended in (stop.wait, parent.join):
-        threading.Thread(target=lambda wait=ended: (wait(), os._exit(1)), daemon=True).start()
+def end_with_comparison(alive: Connection) -> None:
+    """Ends this worker when the comparison fails or is killed: a resumed one must find nobody writing in its runs.
+
+    Args:
+        alive: Of a pipe whose other end the comparison alone holds: closed when it fails, by the system when it dies.
+    """
+
+    def watch_comparison() -> None:
+        wait([alive])
+        os._exit(1)
+
+    threading.Thread(target=watch_comparison, daemon=True).start()
 
 
 def sampled(config: ExperimentConfig) -> ExperimentConfig:
@@ -246,10 +255,10 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     jobs = [arm for arm in (*TRAINED, "base_full", "base_window") if not (directory / arm / RESULT_FILE).is_file()]
     count = workers or (1 if config.model.device.startswith("cuda") else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    alive, end = context.Pipe(duplex=False)
     with (
         ProcessPoolExecutor(
-            max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(stop,)
+            max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(alive,)
         ) as pool,
         progress,
     ):
@@ -257,7 +266,7 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
         try:
             watch(futures, config=config, directory=directory, progress=progress, console=console)
         except BaseException:
-            stop.set()
+            end.close()
             raise
     seconds = time.perf_counter() - started
     summary = summarise(config, directory, seconds=seconds)
@@ -306,8 +315,15 @@ def watch(
     total = config.distill.steps + config.train.steps
     tasks = {arm: progress.add_task(arm, total=total if arm in TRAINED else 1) for arm in futures}
     done: set[str] = set()
+    said = time.perf_counter()
     while len(done) < len(futures):
         time.sleep(POLL_SECONDS)
+        if not console.is_terminal and time.perf_counter() - said > LINE_SECONDS:
+            said = time.perf_counter()
+            running = [task for arm, task in tasks.items() if arm not in done and progress.tasks[task].completed]
+            for task in running:
+                state = progress.tasks[task]
+                console.print(f"{state.description} {state.completed:.0f}/{state.total:.0f}", highlight=False)
         for arm, future in futures.items():
             if arm in done:
                 continue

@@ -141,7 +141,8 @@ def check_problems(session: Session, config: ExperimentConfig) -> None:
     that are an end token alone, which a policy may write at any time.
 
     Raises:
-        ValueError: A prompt is empty or, with its completion, longer than the trained positions.
+        ValueError: A prompt is empty, has tokens that the model does not know, or is, with its completion, longer than
+            the trained positions.
         RuntimeError, TypeError, ValueError: The reward function failed (`compute_rewards`).
     """
     task = session.task
@@ -150,7 +151,13 @@ def check_problems(session: Session, config: ExperimentConfig) -> None:
         session.policy.base.config,
         allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
     )
-    longest = len(task.longest_prompt())
+    prompt = task.longest_prompt()
+    longest, known = len(prompt), len(session.policy.base.get_parameter("model.embed_tokens.weight"))
+    if max(*prompt, *task.stop_token_ids) >= known:
+        raise ValueError(
+            f"the tokenizer must be the model's own, got token {max(*prompt, *task.stop_token_ids)} for a model of "
+            f"{known} tokens; use the tokenizer that was saved with it"
+        )
     if config.train.steps or config.distill.source == "teacher":
         fits(prompt_tokens=longest, completion_tokens=config.rollout.max_new_tokens)
     if config.distill.steps and config.distill.source == "traces":

@@ -356,11 +356,10 @@ def test_a_reward_sees_the_completion_and_every_field_of_its_problem() -> None:
 
 def test_the_stage_goes_on_where_its_saved_state_says() -> None:
     whole, _ = stage_of(train__dynamic_sampling=True)
-    rows = [whole.step(index).completions for index in range(3)]
+    rows = [whole.step(index).completions for index in range(2)]
     first, session = stage_of(train__dynamic_sampling=True)
-    for index in range(2):
-        first.step(index)
+    first.step(0)
     second, other = stage_of(train__dynamic_sampling=True)
     other.policy.adapter.load_state_dict(session.policy.adapter.state_dict())
     second.load_state(first.state())
-    assert second.step(2).completions == rows[2]
+    assert second.step(1).completions == rows[1]
