@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
-	$(BIN)/pte compare configs/embedded.toml $(if $(wildcard runs/embedded),--run.resume)
+	$(BIN)/pte compare configs/embedded.toml $(if $(wildcard runs/embedded/record.json),--run.resume)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECORD_FILE = "record.json"
-MAY_CHANGE = ("run", "eval", "model.device", "train.steps", "train.checkpoint_every", "train.keep_checkpoints")
+MAY_CHANGE = ("run.name", "run.output_dir", "run.resume", "run.log_with", "eval", "model.device", "train.steps", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 def open_run_directory(path: str | Path, *, resume: bool) -> Path:
@@ -46,6 +46,10 @@ def open_run_directory(path: str | Path, *, resume: bool) -> Path:
                 f"start without --run.resume"
             )
         return path
+    if path.is_dir():
+        # What a run that was killed before its record was whole has left behind.
+        for leftover in path.glob(".unfinished-*"):
+            leftover.unlink()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"run directory must be new, got {str(path)!r}; go on with that run by --run.resume, or set another "

@@ -69,7 +69,7 @@ def test_the_cache_holds_what_a_dictionary_would(blocks: int, block: int, batch:
             place(choices.sample(range(batch), choices.randint(1, batch)))
         if batch > 1 and choices.random() < 0.03:
             kept = sorted(choices.sample(range(batch), choices.randint(1, batch)))
-            cache, models, batch = cache.select(torch.tensor(kept)), [models[row] for row in kept], len(kept)
+            cache, models, batch = cache.compact(torch.tensor(kept)), [models[row] for row in kept], len(kept)
             size = cache.kv_bytes
         full = [row for row, model in enumerate(models) if len(model.window) == window]
         if full:

@@ -189,3 +189,11 @@ def test_a_second_run_of_an_engine_is_the_first() -> None:
     for mine, theirs in zip(first, second, strict=True):
         assert mine.completion_ids == theirs.completion_ids
         assert torch.equal(mine.rollout_logprobs, theirs.rollout_logprobs)
+
+
+def test_nothing_of_a_rollout_is_held_after_it() -> None:
+    engine = RolloutEngine(tiny_policy(), slots=3, max_new_tokens=12, temperature=1.0, stop_token_ids=())
+    engine.run(requests_for(PROMPTS[:3]))
+    held = [name for name, value in vars(engine).items() if isinstance(value, torch.Tensor) or name == "cache"]
+    assert held == ["current", "entered", "stream_seeds"]
+    assert engine.peak_cache_bytes > 0 and not engine.prefilled

@@ -121,3 +121,21 @@ def test_a_bfloat16_gradient_points_where_the_float64_one_does() -> None:
         Replay(policy)(small_batch()).policy_logprobs.sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten().double() for parameter in policy.adapter.parameters()]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+
+
+def test_a_second_backward_says_that_the_first_freed_its_tensors() -> None:
+    policy, batch = tiny_policy(), small_batch()
+    logprobs = Replay(policy)(batch).policy_logprobs
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        logprobs.sum().backward()
+
+
+@pytest.mark.parametrize(("mode", "horizon"), [("chain", None), ("horizon", 2)])
+def test_an_adapter_that_changed_since_the_forward_is_refused(mode: str, horizon: int | None) -> None:
+    policy, batch = tiny_policy(), small_batch()
+    logprobs = Replay(policy, gradient_mode=mode, horizon=horizon)(batch).policy_logprobs
+    with torch.no_grad():
+        next(policy.adapter.parameters()).mul_(1.5)
+    with pytest.raises(RuntimeError, match="must not change between a replay's forward and its backward"):
+        logprobs.sum().backward()

@@ -189,8 +189,22 @@ class BoundedCache:
         """Tokens in `slots` of `rows`, heads concatenated."""
         return stored.transpose(2, 3)[:, rows[:, None], slots].flatten(3)
 
-    def select(self, rows: Int[Tensor, " rows"] | slice) -> BoundedCache:
-        """A smaller cache with the given sequences only; a slice shares memory with this one."""
+    def compact(self, rows: Int[Tensor, " rows"]) -> BoundedCache:
+        """The given sequences moved to the front, a layer at a time, so that no second cache ever exists.
+
+        Args:
+            rows: Ascending; what the others held is lost.
+        """
+        for layer in range(self.keys.shape[0]):
+            self.keys[layer, : len(rows)] = self.keys[layer, rows]
+            self.values[layer, : len(rows)] = self.values[layer, rows]
+        for stored in (self.positions, self.prompt_lengths, self.free_slots, self.cursor):
+            stored[: len(rows)] = stored[rows]
+        return self.first(len(rows))
+
+    def first(self, count: int) -> BoundedCache:
+        """The first `count` sequences; shares memory with this cache."""
+        rows = slice(0, count)
         return replace(
             self,
             keys=self.keys[:, rows],

@@ -136,12 +136,21 @@ class RolloutEngine:
         self.prefilled: dict[tuple[int, ...], Prefilled] = {}
         self.results: dict[int, Rollout] = {}
         self.on_finish = on_finish
-        self.refill()
-        while any(sequence is not None for sequence in self.running):
-            self.step()
+        try:
             self.refill()
-            self.compact()
-        return [self.results[order] for order in range(len(requests))]
+            while any(sequence is not None for sequence in self.running):
+                self.step()
+                self.refill()
+                self.compact()
+            return [self.results[order] for order in range(len(requests))]
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Frees what `start` allocated, so that nothing of a rollout is held while an update runs."""
+        for name in ("cache", "states", "reads", "first", "uniforms", "logprobs", "weights", "decode"):
+            delattr(self, name)
+        self.prefilled = {}
 
     def start(self, rows: int, *, prompt_slots: int) -> None:
         """Allocates the slots."""
@@ -354,7 +363,7 @@ class RolloutEngine:
         if not kept or len(kept) > COMPACT_BELOW_FRACTION * len(self.running):
             return
         rows: Int[Tensor, " rows"] = torch.tensor(kept, device=self.current.device)
-        self.cache = self.cache.select(rows)
+        self.cache = self.cache.compact(rows)
         self.running = [self.running[row] for row in kept]
         self.current, self.entered = self.current[rows], self.entered[rows]
         self.uniforms, self.logprobs = self.uniforms[rows], self.logprobs[rows]

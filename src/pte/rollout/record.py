@@ -182,5 +182,5 @@ def logprob_gap(
     completion_mask: Bool[Tensor, "batch completion"],
 ) -> LogprobGap:
     """Gap between replayed and recorded log-probs over the real tokens."""
-    gap = (policy_logprobs.detach() - rollout_logprobs)[completion_mask].double()
+    gap = (policy_logprobs.detach() - rollout_logprobs)[completion_mask].cpu().double()
     return LogprobGap(max=gap.abs().max().item(), mean=gap.abs().mean().item(), kl=(gap.exp() - gap - 1).mean().item())

@@ -324,12 +324,22 @@ class _ReplayFunction(torch.autograd.Function):
         history = History(replay.policy, batch) if replay.chains else None
         logprobs, entropies = replay.walk_forward(batch, history=history)
         ctx.replay, ctx.batch, ctx.history, ctx.parameters = replay, batch, history, parameters
+        ctx.versions = [parameter._version for parameter in parameters]
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, _: Tensor):  # type: ignore[no-untyped-def, override]
         """The walk with a graph, a stretch at a time."""
+        if ctx.versions != [parameter._version for parameter in ctx.parameters]:
+            raise RuntimeError(
+                "the adapter must not change between a replay's forward and its backward, which walks again; call "
+                "backward before the optimizer's step"
+            )
+        if ctx.replay.chains and ctx.history is None:
+            raise RuntimeError(
+                "a replay in mode 'chain' can be differentiated once, its keys and values are freed; run it again"
+            )
         collected = GradientSum([parameter for parameter in ctx.parameters if parameter.requires_grad])
         flat = grad_logprobs.reshape(-1)
         if ctx.history is not None:
@@ -414,10 +424,10 @@ class History:
             return walk
         assert self.prompt is not None
         if self.keys.is_pinned():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.batch.prompt_ids.device)
         indices = self.token_indices[index].long()
         rows = indices.shape[0]
-        walk.cache = cache = walk.cache.select(slice(0, rows))
+        walk.cache = cache = walk.cache.first(rows)
         prompt, device = cache.prompt_slots, cache.keys.device
         cache.keys[:, :, :, :prompt], cache.values[:, :, :, :prompt] = (part[:, :rows] for part in self.prompt)
         where = indices[None, :, None, :, None].expand(

@@ -91,7 +91,7 @@ class Walk:
         """Inputs of a stretch, given the cache at its start; keeps the rows that are still active."""
         active = self.active(stretch)
         if active < self.cache.batch:
-            self.cache = self.cache.select(slice(0, active))
+            self.cache = self.cache.first(active)
         return self.first_inputs(stretch) if stretch.start == 0 else self.later_inputs(stretch, active)
 
     def first_inputs(self, stretch: Stretch) -> StretchInputs:
