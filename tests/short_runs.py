@@ -33,9 +33,17 @@ SHORT = {
 }
 
 
+def short_settings(changes: dict[str, object]) -> dict[str, object]:
+    """The short settings with changes, by dotted name; problems of a file have no number of statements."""
+    settings = {**SHORT, **{name.replace("__", "."): value for name, value in changes.items()}}
+    if settings.get("task.kind") == "jsonl":
+        settings.pop("task.num_statements")
+    return settings
+
+
 def short_config(**changes: object) -> ExperimentConfig:
     """The short settings with changes, written `section__key=value`."""
-    settings = {**SHORT, **{name.replace("__", "."): value for name, value in changes.items()}}
+    settings = short_settings(changes)
     sections: dict[str, dict[str, object]] = {}
     for name, value in settings.items():
         section, _, key = name.partition(".")
@@ -47,7 +55,7 @@ def short_config(**changes: object) -> ExperimentConfig:
 def short_flags(**changes: object) -> list[str]:
     """The same for the command line."""
     flags = []
-    for name, value in {**SHORT, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
+    for name, value in short_settings(changes).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace(".", ".no-"))

@@ -201,6 +201,20 @@ def test_what_a_command_needs_and_lacks_is_said_before_any_work(tmp_path: Path, 
         )
 
 
+def test_what_would_be_ignored_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert (
+        "task.train_path must be left out with task.kind 'chained', which does not read it, got 'p.jsonl'"
+        in refused("train", "--task.train-path", "p.jsonl")
+    )
+    assert (
+        "task.num_statements must be left out with task.kind 'jsonl', which does not read it, got 4; drop it"
+        in refused("train", *jsonl_flags(tmp_path), "--task.num-statements", "4")
+    )
+    assert "the experiment file must come first, got 'e.toml' later; write pte train e.toml and then" in refused(
+        "train", "--train.steps", "3", "e.toml"
+    )
+
+
 def test_an_empty_prompt_and_unknown_words_are_refused(refused: Callable[..., str]) -> None:
     base = [*short_flags(), "--adapter.kind", "none"]
     assert "problem 'prompt-0' must not be empty, got ''; write its text" in refused("generate", *base, "--prompt", "")
@@ -621,3 +635,14 @@ def test_warnings_of_a_run_reach_the_user_once(tmp_path: Path, capsys: pytest.Ca
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["evaluations"]["chained"]["problems"] == 4
     assert math.isfinite(summary["last_metrics"]["loss"])
+
+
+def test_files_for_generated_problems_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["eval", "--task.eval-paths", "held.jsonl", "--run.output-dir", str(tmp_path)])
+    assert status == 2
+    assert "task.eval_paths must be left out with task.kind 'chained'" in capsys.readouterr().err
+
+
+def test_an_experiment_file_behind_the_flags_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run.name", "x", "configs/embedded.toml"]) == 2
+    assert "the experiment file must come first, got 'configs/embedded.toml' later" in capsys.readouterr().err

@@ -159,6 +159,12 @@ def parse(command: str, words: Sequence[str]) -> object:
         from pte.config_file import flags_from_file, refuse_flags
 
         refuse_flags(words)
+        misplaced = [word for word in words[1:] if word.endswith(".toml")]
+        if misplaced:
+            raise ValueError(
+                f"the experiment file must come first, got {misplaced[0]!r} later; write pte {command} {misplaced[0]} "
+                f"and then the flags"
+            )
         file_flags = flags_from_file(words.pop(0)) if words and not words[0].startswith("-") else []
         words = [*file_flags, *adapter_flags([*file_flags, *words]), *words]
     return tyro.cli(

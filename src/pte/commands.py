@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
-from transformers.utils import logging as transformers_logging
 
 from pte.compare import compare
 from pte.dry_run import dry_run
@@ -27,8 +26,8 @@ from pte.learn.trainer import Run, open_run, train
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
-from pte.run_record import MetricsLog, replace_synced
-from pte.session import Session, open_session
+from pte.run_record import replace_synced
+from pte.session import Session, check_evaluation, open_session
 from pte.tasks.evaluate import Evaluation, evaluate
 from pte.tasks.overlap import overlap_warnings
 from pte.tasks.problems import Problem, load_problems
@@ -51,7 +50,6 @@ def run(command: str, arguments: object) -> None:
     disable_progress_bar()
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
-    transformers_logging.disable_progress_bar()
     {
         "train": train_command,
         "distill": distill_command,
@@ -87,7 +85,7 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
     )
     with step_progress(run, console) as on_step:
         train(run, on_step=on_step)
-    evaluations, _ = evaluate_sets(run.session, config, console)
+    evaluations = evaluate_sets(run.session, config, console)
     summary = {
         "run": str(run.directory),
         "seconds": time.perf_counter() - started,
@@ -154,11 +152,15 @@ def bar(console: Console) -> Progress:
 
 
 def evaluate_sets(
-    session: Session, config: ExperimentConfig, console: Console
-) -> tuple[dict[str, Evaluation], list[EvaluatedCompletion]]:
-    """Scores of a session's policy on all evaluation sets of its task."""
+    session: Session,
+    config: ExperimentConfig,
+    console: Console,
+    *,
+    on_set: Callable[[dict[str, Evaluation], list[EvaluatedCompletion]], None] | None = None,
+) -> dict[str, Evaluation]:
+    """Scores of a session's policy on all evaluation sets of its task; `on_set` gets the scores so far after each."""
     evaluations: dict[str, Evaluation] = {}
-    completions = []
+    completions: list[EvaluatedCompletion] = []
     for name, problems in session.task.evaluation.items():
         with bar(console) as progress:
             total = len(problems) * config.eval.samples_per_problem
@@ -182,7 +184,9 @@ def evaluate_sets(
                 on_finish=on_finish,
             )
             completions += done
-    return evaluations, completions
+        if on_set is not None:
+            on_set(evaluations, completions)
+    return evaluations
 
 
 def eval_command(arguments: EvalArguments, console: Console) -> None:
@@ -197,24 +201,29 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
     session = open_session(config)
     if not session.task.evaluation:
         raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
-    evaluations, completions = evaluate_sets(session, config, console)
+    check_evaluation(session, config)
+
+    def write(evaluations: dict[str, Evaluation], completions: list[EvaluatedCompletion]) -> None:
+        if arguments.output is not None:
+            content = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
+            replace_synced(Path(arguments.output), json.dumps(content, indent=2).encode())
+        if arguments.completions is not None:
+            lines = [json.dumps(completion_row(one)) + "\n" for one in completions]
+            replace_synced(Path(arguments.completions), "".join(lines).encode())
+
+    evaluations = evaluate_sets(session, config, console, on_set=write)
     console.print(evaluation_table(evaluations.values()))
-    if arguments.output is not None:
-        content = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
-        replace_synced(Path(arguments.output), json.dumps(content, indent=2).encode())
-    if arguments.completions is not None:
-        rows: list[dict[str, Json]] = [
-            {
-                "id": one.problem.id,
-                "answer": one.problem.answer,
-                "right": one.right,
-                "completion": one.text,
-                "tokens": len(one.rollout.completion_ids),
-            }
-            for one in completions
-        ]
-        Path(arguments.completions).unlink(missing_ok=True)
-        MetricsLog(arguments.completions).append(0, rows)
+
+
+def completion_row(one: EvaluatedCompletion) -> dict[str, Json]:
+    """A line of `pte eval --completions`."""
+    return {
+        "id": one.problem.id,
+        "answer": one.problem.answer,
+        "right": one.right,
+        "completion": one.text,
+        "tokens": len(one.rollout.completion_ids),
+    }
 
 
 def check_output(path: str | None) -> None:
@@ -222,7 +231,10 @@ def check_output(path: str | None) -> None:
 
     Raises:
         FileNotFoundError: Its directory is missing.
+        IsADirectoryError: It is a directory.
     """
+    if path is not None and Path(path).is_dir():
+        raise IsADirectoryError(f"an output file must not be a directory, got {path!r}; name a file in it")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"the directory of an output file must exist, got {path!r}; make it first")
 

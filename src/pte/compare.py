@@ -57,7 +57,7 @@ class ArmScore:
         accuracy: On held-out problems.
         ci95: Its 95 % interval.
         peak_cache_bytes: Keys and values of all slots of the evaluation.
-        seconds: Wall time of training and scoring.
+        seconds: Wall time of training and scoring; of the last process alone where the arm was resumed.
     """
 
     accuracy: float

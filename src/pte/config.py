@@ -165,7 +165,7 @@ class TaskConfig:
     boxed_instruction: bool = True
     """JSONL: append "Please reason step by step, and put your final answer within \\boxed{}."."""
     traces_path: str | None = None
-    """JSONL: file with lines of id and trace, right completions of training problems for distill.source `traces`."""
+    """JSONL: file with lines of id and trace, right completions; training problems without one are left out."""
     reward: str = "exact"
     """`math` (math-verify on the boxed answer), `exact` (the answer itself), or your own as `module:function`."""
     num_statements: int = 13

@@ -18,7 +18,6 @@ from pte.method.cache import analytic_bytes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
 from pte.session import check_problems, open_session
-from pte.tasks.task import PROMPTS_LOOKED_AT
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
@@ -38,7 +37,7 @@ def dry_run(config: ExperimentConfig) -> str:
     longest = session.task.longest_prompt()
     sequences = min(config.rollout.slots, config.train.prompts_per_step * config.train.group_size)
     lines = [
-        f"worst case: prompt {len(longest)} tokens (longest of {PROMPTS_LOOKED_AT} training problems), completion "
+        f"worst case: prompt {len(longest)} tokens (the longest of the training problems), completion "
         f"{limit} tokens, {sequences} sequences at once"
     ]
     started = time.perf_counter()

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECORD_FILE = "record.json"
-MAY_CHANGE = ("run.name", "run.output_dir", "run.resume", "run.log_with", "eval", "model.device", "train.steps", "train.checkpoint_every", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "run.name",
+    "run.output_dir",
+    "run.resume",
+    "run.log_with",
+    "eval",
+    "model.device",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
 
 
 def open_run_directory(path: str | Path, *, resume: bool) -> Path:

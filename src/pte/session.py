@@ -7,7 +7,7 @@ nothing is downloaded, attached or written before the configuration has been che
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,16 @@ import torch
 
 from pte.checkpoint import load_adapter
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
+from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
-from pte.model.load import check_positions, load_base, load_tokenizer
+from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 from pte.tasks.chained import embedded_model_dir
-from pte.tasks.task import PROMPTS_LOOKED_AT, Task, chained_task, jsonl_task
+from pte.tasks.task import Task, chained_task, jsonl_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 FINGERPRINT_ROWS = 512
+OF_JSONL = ("train_path", "eval_paths", "traces_path", "prompt_template")
 
 
 @dataclass
@@ -111,6 +113,7 @@ def open_session(config: ExperimentConfig) -> Session:
         device=config.model.device,
         trust_remote_code=config.model.trust_remote_code,
     )
+    task = replace(task, more_stop_token_ids=end_token_ids(base))
     adapter = None
     saved = None if config.adapter.checkpoint is None else load_adapter(config.adapter.checkpoint)
     options = config.adapter
@@ -137,7 +140,7 @@ def open_session(config: ExperimentConfig) -> Session:
 def check_problems(session: Session, config: ExperimentConfig) -> None:
     """Refuses, before any work, problems that do not fit the model and a reward function that cannot score.
 
-    Looks at the first 2000 training problems and at all evaluation problems. The reward is asked about two completions
+    Looks at all training and evaluation problems. The reward is asked about two completions
     that are an end token alone, which a policy may write at any time.
 
     Raises:
@@ -161,12 +164,10 @@ def check_problems(session: Session, config: ExperimentConfig) -> None:
     if config.train.steps or config.distill.source == "teacher":
         fits(prompt_tokens=longest, completion_tokens=config.rollout.max_new_tokens)
     if config.distill.steps and config.distill.source == "traces":
-        traces = (task.training(position).trace for position in range(PROMPTS_LOOKED_AT))
+        traces = (task.training(position).trace for position in range(task.num_training))
         lengths = [len(task.completion_ids(trace)) for trace in traces if trace is not None]
         fits(prompt_tokens=longest, completion_tokens=max(lengths, default=0))
-    for problems in task.evaluation.values():
-        prompts = [len(task.prompt_ids(problem)) for problem in problems]
-        fits(prompt_tokens=max(prompts), completion_tokens=config.eval.max_new_tokens)
+    check_evaluation(session, config)
     if config.train.steps:
         problem = task.training(0).problem
         compute_rewards(
@@ -175,6 +176,21 @@ def check_problems(session: Session, config: ExperimentConfig) -> None:
             completions=[""] * 2,
             completion_ids=[list(task.stop_token_ids)] * 2,
             columns=task.columns([problem] * 2),
+        )
+
+
+def check_evaluation(session: Session, config: ExperimentConfig) -> None:
+    """Refuses, before any work, evaluation problems that do not fit the model.
+
+    Raises:
+        ValueError: A prompt is empty or, with its completion, longer than the trained positions.
+    """
+    for problems in session.task.evaluation.values():
+        check_positions(
+            session.policy.base.config,
+            prompt_tokens=max(len(session.task.prompt_ids(problem)) for problem in problems),
+            completion_tokens=config.eval.max_new_tokens,
+            allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
 
 
@@ -188,8 +204,18 @@ def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
 
 
 def open_task(config: ExperimentConfig, tokenizer: object) -> Task:
-    """The task of a configuration."""
+    """The task of a configuration.
+
+    Raises:
+        ValueError: Files are named for a task whose problems are generated: they would be ignored.
+    """
     task = config.task
+    for name in OF_JSONL if task.kind == "chained" else ():
+        if getattr(task, name) != getattr(TaskConfig, name):
+            raise ValueError(
+                f"task.{name} must be left out with task.kind 'chained', whose problems are generated, got "
+                f"{getattr(task, name)!r}; set task.kind to 'jsonl', or drop it"
+            )
     if task.kind == "chained":
         assert config.eval.problems is not None
         return chained_task(
@@ -202,6 +228,7 @@ def open_task(config: ExperimentConfig, tokenizer: object) -> Task:
             min_distance=task.min_distance,
             max_distance=task.max_distance,
             num_names=task.num_names,
+            reward=task.reward,
         )
     return jsonl_task(
         tokenizer,  # type: ignore[arg-type]

@@ -301,7 +301,7 @@ class AnotherPolicy(Replay):
             0.1,
             r"agree within max_logprob_gap \(0.001 nats\), got 0.1 \(mean 0.1\): they are not the same policy; raise",
         ),
-        (math.nan, "got nan"),
+        (math.nan, r"agree within max_logprob_gap \(0.001 nats\), got nan"),
     ],
 )
 def test_a_replay_of_another_policy_stops_the_run_and_leaves_the_adapter_alone(off: float, message: str) -> None:

@@ -85,9 +85,12 @@ def test_the_right_trace_earns_the_reward_and_another_answer_does_not() -> None:
 
 
 def test_the_longest_prompt_is_found_among_the_training_problems(tmp_path: Path) -> None:
+    last = from_files(tmp_path).training(7).problem
+    path = tmp_path / "p.jsonl"
+    path.write_text(path.read_text().replace(last.problem, f"A1 B2 {last.problem}"))
     task = from_files(tmp_path)
-    lengths = [len(task.prompt_ids(task.training(position).problem)) for position in range(8)]
-    assert len(task.longest_prompt()) == max(lengths)
+    assert task.longest_prompt() == task.prompt_ids(task.training(7).problem)
+    assert len(task.longest_prompt()) == len(task.prompt_ids(task.training(0).problem)) + 2
 
 
 def test_every_epoch_of_a_file_has_every_problem_once_in_an_order_of_its_own(tmp_path: Path) -> None:

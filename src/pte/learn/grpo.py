@@ -2,6 +2,7 @@
 
 Decides: which prompts a step uses (with dynamic sampling: until enough groups have mixed accuracy), what is measured,
 and that nothing is updated when rollout and replay disagree by more than the threshold (law 1).
+It starts at the first problem of the task's endless order, whether or not a warm start has seen it.
 Does not know: logging, checkpoints (`trainer`), how log-probs are made (`replay`).
 
 Paper: the cache-aware GRPO objective, E_{y ~ pi^D}[r(y) - beta KL(pi^D || pi_ref)].

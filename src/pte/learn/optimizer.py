@@ -21,7 +21,7 @@ FINAL_FRACTION = 0.05
 
 
 class TrainingStopped(RuntimeError):
-    """A run that must not go on; the adapter is as it was before the step, the last checkpoint is kept."""
+    """A run that must not go on; the refused update was not made, the last checkpoint is kept."""
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, decay: Decay) -> float:

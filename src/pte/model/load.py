@@ -119,6 +119,14 @@ def linear_maps(base: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
+def end_token_ids(base: PreTrainedModel) -> tuple[int, ...]:
+    """End tokens that the checkpoint's generation settings name; instruction-tuned models often have several."""
+    named = None if base.generation_config is None else base.generation_config.eos_token_id
+    if named is None:
+        return ()
+    return tuple(named) if isinstance(named, list) else (int(named),)
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint.
 

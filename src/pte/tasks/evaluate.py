@@ -122,14 +122,19 @@ def evaluate(
         allow_beyond_trained_positions=allow_beyond_trained_positions,
     )
     started = time.perf_counter()
-    rollouts = engine.run(
-        [
-            RolloutRequest(task.prompt_ids(problem), stream_seed(seed, "eval", problem.id, sample))
-            for problem in problems
-            for sample in range(samples_per_problem)
-        ],
-        on_finish=on_finish,
-    )
+    requests = [
+        RolloutRequest(task.prompt_ids(problem), stream_seed(seed, "eval", problem.id, sample))
+        for problem in problems
+        for sample in range(samples_per_problem)
+    ]
+    if state_control == "shuffled":
+        # Neighbours exchange states: they must be of different problems.
+        by_sample = [requests[sample::samples_per_problem] for sample in range(samples_per_problem)]
+        shuffled = engine.run([request for column in by_sample for request in column], on_finish=on_finish)
+        columns = [shuffled[start : start + len(problems)] for start in range(0, len(shuffled), len(problems))]
+        rollouts = [rollout for row in zip(*columns, strict=True) for rollout in row]
+    else:
+        rollouts = engine.run(requests, on_finish=on_finish)
     repeated = [problem for problem in problems for _ in range(samples_per_problem)]
     texts = [task.text(rollout.completion_ids) for rollout in rollouts]
     right = compute_rewards(

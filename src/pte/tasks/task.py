@@ -21,7 +21,8 @@ from pte.tasks.problems import BOXED_INSTRUCTION, Problem, PromptTemplate, encod
 from pte.tasks.problems import Tokenizer as PromptTokenizer
 
 GENERATED_AT_ONCE = 256
-PROMPTS_LOOKED_AT = 2000
+CHAINED_LOOKED_AT = 64
+"""Chained problems of one shape are all of one length."""
 
 
 class Tokenizer(PromptTokenizer, Protocol):
@@ -58,6 +59,8 @@ class Task:
         accuracy: 1.0 where the answer is right; what dynamic sampling and evaluation look at.
         template: How a problem becomes a prompt.
         instruction: Appended to a problem, or None.
+        num_training: Positions of the order after which problems repeat or no longer differ in length.
+        more_stop_token_ids: Tokens that end a completion beside the tokenizer's end token.
     """
 
     tokenizer: Tokenizer
@@ -67,11 +70,13 @@ class Task:
     accuracy: RewardFunction
     template: PromptTemplate
     instruction: str | None
+    num_training: int
+    more_stop_token_ids: tuple[int, ...] = ()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion."""
-        return (self.tokenizer.eos_token_id,)
+        """Tokens that end a completion, the tokenizer's end token first."""
+        return tuple(dict.fromkeys((self.tokenizer.eos_token_id, *self.more_stop_token_ids)))
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """The prompt as token ids.
@@ -93,8 +98,8 @@ class Task:
         return tuple(ids)
 
     def longest_prompt(self) -> tuple[int, ...]:
-        """The longest prompt of the first 2000 training problems."""
-        return max((self.prompt_ids(self.training(position).problem) for position in range(PROMPTS_LOOKED_AT)), key=len)
+        """The longest prompt of all training problems."""
+        return max((self.prompt_ids(self.training(position).problem) for position in range(self.num_training)), key=len)
 
     def completion_ids(self, trace: str) -> tuple[int, ...]:
         """A right completion as token ids, ended by the end token."""
@@ -126,8 +131,13 @@ def chained_task(
     min_distance: int,
     max_distance: int | None,
     num_names: int | None,
+    reward: str = "exact",
 ) -> Task:
-    """The embedded task; held-out problems never occur in training (`chained.split_of`)."""
+    """The embedded task; held-out problems never occur in training (`chained.split_of`).
+
+    Raises:
+        ValueError: The shape is out of range, or `reward` is neither "exact" nor a function that can be loaded.
+    """
     blocks: dict[int, list[TrainingProblem]] = {}
     draw = partial(
         generate_problems,
@@ -150,15 +160,16 @@ def chained_task(
         return blocks[block][offset]
 
     heldout = draw(eval_problems, seed=seed, split="heldout")
-    reward = exact_reward(parse_answer)
+    accuracy = exact_reward(parse_answer)
     return Task(
         tokenizer=tokenizer,
         training=training,
         evaluation={"chained": [Problem(one.id, one.problem, one.answer, one.source) for one in heldout]},
-        reward=reward,
-        accuracy=reward,
+        reward=accuracy if reward == "exact" else load_reward(reward),
+        accuracy=accuracy,
         template="raw",
         instruction=None,
+        num_training=CHAINED_LOOKED_AT,
     )
 
 
@@ -214,6 +225,7 @@ def jsonl_task(
         accuracy=accuracy,
         template=template,
         instruction=BOXED_INSTRUCTION if boxed_instruction else None,
+        num_training=len(problems),
     )
 
 
