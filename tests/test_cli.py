@@ -201,18 +201,11 @@ def test_what_a_command_needs_and_lacks_is_said_before_any_work(tmp_path: Path, 
         )
 
 
-def test_what_would_be_ignored_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert (
-        "task.train_path must be left out with task.kind 'chained', which does not read it, got 'p.jsonl'"
-        in refused("train", "--task.train-path", "p.jsonl")
-    )
-    assert (
-        "task.num_statements must be left out with task.kind 'jsonl', which does not read it, got 4; drop it"
-        in refused("train", *jsonl_flags(tmp_path), "--task.num-statements", "4")
-    )
-    assert "the experiment file must come first, got 'e.toml' later; write pte train e.toml and then" in refused(
-        "train", "--train.steps", "3", "e.toml"
-    )
+def test_what_would_be_ignored_is_refused(refused: Callable[..., str]) -> None:
+    said = refused("train", "--task.train-path", "p.jsonl")
+    assert "task.train_path must be left out with task.kind 'chained'" in said and "got 'p.jsonl'" in said
+    said = refused("train", "--train.steps", "3", "e.toml")
+    assert "the experiment file must come first, got 'e.toml' later; write pte train e.toml and then the flags" in said
 
 
 def test_an_empty_prompt_and_unknown_words_are_refused(refused: Callable[..., str]) -> None:
