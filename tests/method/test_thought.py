@@ -156,3 +156,20 @@ def test_the_state_is_float32_beside_bfloat16_keys() -> None:
     state = encoder.encode(keys, values)
     assert state.dtype == torch.float32
     torch.testing.assert_close(state, encoder.encode(keys.float(), values.float()), rtol=0, atol=0)
+
+
+def test_a_fresh_encoder_is_orthogonal_and_its_query_the_identity() -> None:
+    encoder = ThoughtEncoder(
+        layers=2,
+        kv_dim=8,
+        hidden_size=5,
+        rank=4,
+        global_tokens=1,
+        update_rule="read",
+        generator=torch.Generator().manual_seed(0),
+    )
+    identity = torch.eye(4).expand(2, -1, -1)
+    for maps in (encoder.key_map, encoder.value_map, encoder.query_map):
+        torch.testing.assert_close(maps @ maps.mT, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder.query @ encoder.query_map.mT, identity, rtol=0, atol=1e-5)
+    assert not torch.allclose(encoder.key_map, encoder.value_map)

@@ -163,3 +163,10 @@ def test_an_instruction_with_raw_is_refused():
 def test_an_unknown_template_is_refused():
     with pytest.raises(ValueError, match="template must be .* got 'qwen'"):
         render_prompt("1 + 1?", CHAT, template="qwen")
+
+
+def test_a_file_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"id": "a", "problem": "b", "answer": "1", "source": "s"}\n{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: a problem file must be UTF-8"):
+        load_problems(path)

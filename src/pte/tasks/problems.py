@@ -61,20 +61,25 @@ def load_problems(path: str | Path) -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"problem file must exist, got {path}; paths are relative to the working folder")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: a problem file must be UTF-8, got other bytes; convert it") from error
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            problem = _parse_problem(line, place=f"{path}, line {number}")
-            if problem.id in line_of_id:
-                raise ValueError(
-                    f"{path}, line {number}: id must be unique, got {problem.id!r}, "
-                    f"which line {line_of_id[problem.id]} has; rename one or drop it"
-                )
-            line_of_id[problem.id] = number
-            problems.append(problem)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        problem = _parse_problem(line, place=f"{path}, line {number}")
+        if problem.id in line_of_id:
+            raise ValueError(
+                f"{path}, line {number}: id must be unique, got {problem.id!r}, "
+                f"which line {line_of_id[problem.id]} has; rename one or drop it"
+            )
+        line_of_id[problem.id] = number
+        problems.append(problem)
     if not problems:
         raise ValueError(f"{path}: a problem file must hold at least one problem, got none; write one object a line")
     return problems
