@@ -16,7 +16,7 @@ import shape_checks
 
 shape_checks.install()
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("pte", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.register_profile("pte", deadline=None, derandomize=True, database=None, max_examples=25)
 hypothesis.settings.load_profile("pte")
 
 

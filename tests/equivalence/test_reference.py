@@ -14,9 +14,9 @@ from reference import Reference
 from sampled import SETTINGS, requests_for, sample
 from tiny import ARCHITECTURES, VOCAB, tiny_base, tiny_policy
 
-# Window 8 in blocks of 4: one token, two, W, W + 1 (nothing evicted yet), W + E, and three evictions.
-LENGTHS = (1, 2, 8, 9, 12, 19)
-PROMPTS = ((3, 4, 5), (8,), (9, 10), (12, 13), (14, 15, 16, 17), (18,))
+# Window 8 in blocks of 4: one token, two, W + 1 (nothing evicted yet), W + 2 (the first eviction), three evictions.
+LENGTHS = (1, 2, 9, 10, 19)
+PROMPTS = ((3, 4, 5), (8,), (9, 10), (14, 15, 16, 17), (18,))
 TEMPERATURE = 0.7
 SEEDS = tuple(range(40, 40 + len(LENGTHS)))
 

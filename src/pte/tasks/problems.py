@@ -66,7 +66,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         bad_line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {bad_line}: a problem file must be UTF-8, got other bytes; convert it") from error
+        raise ValueError(f"{path}, line {bad_line}: a problem file must be UTF-8, got others; convert it") from error
     problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
