@@ -28,7 +28,7 @@ from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
 from pte.run_record import replace_synced
 from pte.session import Session, check_evaluation, open_session
-from pte.tasks.evaluate import Evaluation, evaluate
+from pte.tasks.evaluate import Evaluation, evaluate_session
 from pte.tasks.overlap import overlap_warnings
 from pte.tasks.problems import Problem, load_problems
 
@@ -169,20 +169,7 @@ def evaluate_sets(
             def on_finish(rollout: Rollout, progress: Progress = progress, task: object = task) -> None:
                 progress.advance(task)  # type: ignore[arg-type]
 
-            evaluations[name], done = evaluate(
-                session.policy,
-                session.task,
-                name=name,
-                samples_per_problem=config.eval.samples_per_problem,
-                temperature=config.eval.temperature,
-                max_new_tokens=config.eval.max_new_tokens,
-                slots=config.rollout.slots,
-                pass_at=config.eval.pass_at,
-                seed=config.run.seed,
-                state_control=config.eval.state_control,
-                allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
-                on_finish=on_finish,
-            )
+            evaluations[name], done = evaluate_session(session, config, name=name, on_finish=on_finish)
             completions += done
         if on_set is not None:
             on_set(evaluations, completions)

@@ -201,22 +201,10 @@ def sampled(config: ExperimentConfig) -> ExperimentConfig:
 def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
     """Accuracy of a session's policy on the first evaluation set of its task."""
     from pte.session import Session
-    from pte.tasks.evaluate import evaluate
+    from pte.tasks.evaluate import evaluate_session
 
     assert isinstance(session, Session)
-    evaluation, _ = evaluate(
-        session.policy,
-        session.task,
-        name=next(iter(session.task.evaluation)),
-        samples_per_problem=config.eval.samples_per_problem,
-        temperature=config.eval.temperature,
-        max_new_tokens=config.eval.max_new_tokens,
-        slots=config.rollout.slots,
-        pass_at=config.eval.pass_at,
-        seed=config.run.seed,
-        state_control=config.eval.state_control,
-        allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
-    )
+    evaluation, _ = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
     return evaluation.as_json()
 
 

@@ -7,8 +7,9 @@ from live_bytes import LiveBytes
 from pte.method.cache import analytic_bytes
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
+from pte.rollout.history import History
 from pte.rollout.record import RolloutRequest, collate
-from pte.rollout.replay import History, Replay
+from pte.rollout.replay import Replay
 from tiny import VOCAB, tiny_base, tiny_policy
 
 # Wide keys, so that a token kept by mistake shows: 2 x 2 layers x 32 numbers x 4 bytes = 512 bytes.

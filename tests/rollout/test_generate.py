@@ -8,8 +8,9 @@ from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
+from pte.rollout.history import History
 from pte.rollout.record import Rollout, RolloutRequest
-from pte.rollout.replay import History, Replay
+from pte.rollout.replay import Replay
 from sampled import replay_of, requests_for, sample
 from tiny import tiny_base, tiny_policy
 

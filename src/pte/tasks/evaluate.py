@@ -22,7 +22,9 @@ from pte.tasks.scoring import avg_at_k, avg_at_k_interval, pass_at_k, wilson_int
 
 if TYPE_CHECKING:
     from pte.checkpoint_files import Json
+    from pte.config import ExperimentConfig
     from pte.model.policy import BoundedPolicy
+    from pte.session import Session
     from pte.tasks.problems import Problem
     from pte.tasks.task import Task
 
@@ -167,3 +169,34 @@ def evaluate(
         for problem, text, score, rollout in zip(repeated, texts, right, rollouts, strict=True)
     ]
     return evaluation, completions
+
+
+def evaluate_session(
+    session: Session,
+    config: ExperimentConfig,
+    *,
+    name: str,
+    on_finish: Callable[[Rollout], None] | None = None,
+) -> tuple[Evaluation, list[EvaluatedCompletion]]:
+    """Scores a session's policy on one set, as its configuration says.
+
+    Args:
+        session: Policy and task.
+        config: Its sections eval, rollout, run and model are read.
+        name: Of the set.
+        on_finish: Called with each rollout as it ends.
+    """
+    return evaluate(
+        session.policy,
+        session.task,
+        name=name,
+        samples_per_problem=config.eval.samples_per_problem,
+        temperature=config.eval.temperature,
+        max_new_tokens=config.eval.max_new_tokens,
+        slots=config.rollout.slots,
+        pass_at=config.eval.pass_at,
+        seed=config.run.seed,
+        state_control=config.eval.state_control,
+        allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+        on_finish=on_finish,
+    )
