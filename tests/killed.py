@@ -76,3 +76,15 @@ def failing_arm(config: object, arm: str) -> None:
     if arm == "pte":
         raise ValueError(f"arm {arm} failed")
     time.sleep(600)
+
+
+def leave_a_mark(path: Path, word: str, seconds: float) -> None:
+    """Work that takes some time and then appends a word to a file."""
+    time.sleep(seconds)
+    with open(path, "a") as file:
+        file.write(f"{word}\n")
+
+
+def fail(words: str) -> None:
+    """Work that fails."""
+    raise ValueError(words)

@@ -73,23 +73,33 @@ class Reference:
 
     def encode(self, index, tokens):
         """S' as a sum of outer products over tokens (key, value)."""
-        encoder = self.adapter.encoder
-        queries = encoder.query_map[index] @ encoder.query[index].T  # (rank, queries)
-        total = torch.zeros(self.adapter.rank, self.adapter.rank, dtype=queries.dtype)
-        for key, value in tokens:
-            mapped_key = encoder.key_map[index] @ key.to(queries.dtype)
-            mapped_value = encoder.value_map[index] @ value.to(queries.dtype)
-            total = total + torch.outer(mapped_value, queries.T @ mapped_key)
+        rank = self.adapter.rank
+        total = torch.zeros(rank, rank, dtype=self.adapter.encoder.key_map.dtype)
+        for token in tokens:
+            address, content = self.written(index, token)
+            total = total + torch.outer(content, address)
         return total
 
-    def accumulate(self, state, update):
-        total = state + update
+    def fold(self, state, index, tokens):
+        if self.adapter.update_rule == "delta":
+            for token in tokens:
+                address, content = self.written(index, token)
+                state = state + torch.outer(content - state @ address, address) / (1 + address @ address)
+            return state
+        total = state + self.encode(index, tokens)
         return unit(total, self.adapter.rank) if self.adapter.update_rule == "paper" else total
+
+    def written(self, index, token):
+        """Address and content of one token (key, value)."""
+        encoder = self.adapter.encoder
+        queries = encoder.query_map[index] @ encoder.query[index].T  # (rank, queries)
+        key, value = (x.to(queries.dtype) for x in token)
+        return queries.T @ (encoder.key_map[index] @ key), encoder.value_map[index] @ value
 
     def read(self, state):
         if state is None:
             return None
-        return unit(state, self.adapter.rank) if self.adapter.update_rule == "read" else state
+        return state if self.adapter.update_rule == "paper" else unit(state, self.adapter.rank)
 
     def first_state(self, index):
         if self.adapter is None or self.adapter.encoder is None:
@@ -100,8 +110,8 @@ class Reference:
             key = key_map.weight @ token + (0 if key_map.bias is None else key_map.bias)
             value = value_map.weight @ token + (0 if value_map.bias is None else value_map.bias)
             tokens.append((self.keys_of(index, key).reshape(-1), value))
-        update = self.encode(index, tokens)
-        return self.accumulate(torch.zeros_like(update), update)
+        first = self.encode(index, tokens)
+        return first if self.adapter.update_rule == "read" else unit(first, self.adapter.rank)
 
     def logprobs(self, prompt, completion, *, dtype=torch.float64):
         """Log-prob of every completion token, a differentiable vector."""
@@ -150,7 +160,7 @@ class Reference:
         start = chain[len(blocks) - reach]
         state = start if reach == len(blocks) else start.detach()
         for block in blocks[len(blocks) - reach :]:
-            state = self.accumulate(state, self.encode(index, block))
+            state = self.fold(state, index, block)
         return state
 
     def evict(self, window, chain, blocks, evictions):
@@ -171,7 +181,7 @@ class Reference:
                 block.append((key, value))
             if self.adapter is not None and self.adapter.kind == "thought":
                 blocks[index].append(block)
-                chain[index].append(self.accumulate(chain[index][-1], self.encode(index, block)))
+                chain[index].append(self.fold(chain[index][-1], index, block))
 
     def layer(self, index, hidden, position, token_index, read, prompt_cache, window):
         layer, attention = self.layers[index], self.layers[index].self_attn

@@ -17,6 +17,7 @@ from pte.rollout.replay import Replay, ReplayOutput
 SETTINGS: dict[str, dict[str, object]] = {
     "thought": {},
     "paper rule": {"update_rule": "paper"},
+    "read rule": {"update_rule": "read"},
     "post-rotary keys": {"key_space": "post_rotary"},
     "no global tokens": {"global_tokens": 0},
     "lora": {"kind": "lora"},

@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,9 @@ from rich.progress import Progress
 
 from killed import failing_arm, run_command
 from pte import compare as compare_module
+from pte import jobs
 from pte.cli import main
-from pte.compare import ARMS, TRAINED, arm_config, compare, run_arm, summarise, watch
+from pte.compare import SCORED, TRAINED, compare, run_arm, run_config, summarise
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import open_run, save
 from pte.method.cache import analytic_bytes
@@ -121,7 +121,7 @@ def test_the_summary_holds_what_was_asked_for(comparison: Path) -> None:
 
 def test_every_arm_has_its_accuracy_interval_bytes_and_time(comparison: Path) -> None:
     arms = json.loads((comparison / "summary.json").read_text())["arms"]
-    assert tuple(arms) == ARMS
+    assert tuple(arms) == SCORED
     for arm in arms.values():
         assert set(arm) == {"accuracy", "ci95", "peak_cache_bytes", "seconds"}
         assert arm["ci95"][0] <= arm["accuracy"] <= arm["ci95"][1] and arm["seconds"] > 0
@@ -179,7 +179,7 @@ def test_an_arm_that_was_killed_resumes_to_what_it_would_have_been(comparison: P
 
 def test_an_arm_killed_while_its_warm_start_was_scored_is_scored_again(comparison: Path, tmp_path: Path) -> None:
     config = short_config(**MINIATURE, run__output_dir=str(tmp_path), run__name="job")
-    run = open_run(arm_config(config, "pte"))
+    run = open_run(run_config(config, "pte"))
     for index in range(2):
         result = run.stages[0].step(index)
         MetricsLog(run.directory / "metrics.jsonl", done_steps=index).append(
@@ -211,17 +211,10 @@ def test_a_comparison_is_refused_where_another_one_is(comparison: Path, capsys: 
     assert before == {path: path.stat().st_mtime_ns for path in comparison.rglob("*")}
 
 
-def test_the_first_arm_that_fails_ends_the_comparison_with_its_error(tmp_path: Path) -> None:
-    futures: dict[str, Future[None]] = {arm: Future() for arm in ("pte", "base_full")}
-    futures["base_full"].set_exception(ValueError("the arm's own words"))
-    with Progress(disable=True) as progress, pytest.raises(ValueError, match="the arm's own words"):
-        watch(futures, config=short_config(), directory=tmp_path, progress=progress, console=Console(quiet=True))
-
-
 def test_a_failing_arm_ends_the_others_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The workers are started as forks here, which spares them the imports; the rest is as it is.
-    context = compare_module.multiprocessing.get_context("forkserver")
-    monkeypatch.setattr(compare_module.multiprocessing, "get_context", lambda _: context)
+    context = jobs.multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(jobs.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(compare_module, "run_arm", failing_arm)
     started = time.monotonic()
     with pytest.raises(ValueError, match="arm pte failed"):

@@ -10,13 +10,9 @@ controls of the trained PTE arm: `pte_zeroed` and `pte_shuffled` (every sequence
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +20,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pte.arms import arm_config
 from pte.figures import compare_figure, read_metrics
+from pte.jobs import Job, run_jobs
 from pte.run_record import (
     RECORD_FILE,
     check_resumed_config,
@@ -41,12 +39,10 @@ if TYPE_CHECKING:
     from pte.config import ExperimentConfig
 
 TRAINED = ("pte", "lora_window", "lora_full")
-ARMS = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
+SCORED = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
 RESULT_FILE = "result.json"
 WARM_START_FILE = "warm_start.json"
 REWARD_SAMPLES = 4
-POLL_SECONDS = 0.5
-LINE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -110,27 +106,10 @@ class Summary:
     arms: dict[str, ArmScore]
 
 
-def arm_config(config: ExperimentConfig, arm: str) -> ExperimentConfig:
-    """The experiment of one arm: the same but for adapter, cache and control."""
-    adapter = config.adapter
-    if arm.startswith("base"):
-        adapter = replace(adapter, kind="none")
-    elif arm.startswith("lora"):
-        adapter = replace(adapter, kind="lora")
-    cache = replace(config.cache, policy="none") if arm.endswith("_full") else config.cache
-    scores = config.eval
-    if arm == "pte_zeroed":
-        scores = replace(scores, state_control="zeroed")
-    elif arm == "pte_shuffled":
-        scores = replace(scores, state_control="shuffled")
-    run = replace(config.run, name=arm, output_dir=str(Path(config.run.output_dir) / config.run.name), resume=False)
-    return replace(
-        config,
-        adapter=adapter,
-        cache=cache,
-        eval=scores,
-        run=run,
-    )
+def run_config(config: ExperimentConfig, arm: str) -> ExperimentConfig:
+    """The experiment of one arm as a run of its own, inside the directory of the comparison."""
+    directory = str(Path(config.run.output_dir) / config.run.name)
+    return replace(arm_config(config, arm), run=replace(config.run, name=arm, output_dir=directory, resume=False))
 
 
 def run_arm(config: ExperimentConfig, arm: str) -> None:
@@ -140,15 +119,10 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
         config: Of the whole comparison.
         arm: One that is trained, or a base arm, which is only scored.
     """
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
     from pte.learn.trainer import open_run, train
 
-    torch.set_num_threads(1)
-    disable_progress_bar()
     started = time.perf_counter()
-    own = arm_config(config, arm)
+    own = run_config(config, arm)
     directory = Path(own.run.output_dir) / arm
     result: dict[str, Json] = {}
     if arm in TRAINED:
@@ -171,23 +145,9 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
     if arm == "pte":
         result["reward"] = score(sampled(own), session)
         for control in ("pte_zeroed", "pte_shuffled"):
-            result[control] = score(arm_config(config, control), session)
+            result[control] = score(run_config(config, control), session)
     result["seconds"] = time.perf_counter() - started
     replace_synced(directory / RESULT_FILE, json.dumps(result, indent=2).encode())
-
-
-def end_with_comparison(alive: Connection) -> None:
-    """Ends this worker when the comparison fails or is killed: a resumed one must find nobody writing in its runs.
-
-    Args:
-        alive: Of a pipe whose other end the comparison alone holds: closed when it fails, by the system when it dies.
-    """
-
-    def watch_comparison() -> None:
-        wait([alive])
-        os._exit(1)
-
-    threading.Thread(target=watch_comparison, daemon=True).start()
 
 
 def sampled(config: ExperimentConfig) -> ExperimentConfig:
@@ -240,22 +200,20 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     else:
         save_record(directory, config)
     started = time.perf_counter()
-    jobs = [arm for arm in (*TRAINED, "base_full", "base_window") if not (directory / arm / RESULT_FILE).is_file()]
     count = workers or (1 if config.model.device.startswith("cuda") else os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    alive, end = context.Pipe(duplex=False)
-    with (
-        ProcessPoolExecutor(
-            max_workers=count, mp_context=context, initializer=end_with_comparison, initargs=(alive,)
-        ) as pool,
-        progress,
-    ):
-        futures = {arm: pool.submit(run_arm, config, arm) for arm in jobs}
-        try:
-            watch(futures, config=config, directory=directory, progress=progress, console=console)
-        except BaseException:
-            end.close()
-            raise
+    steps = config.distill.steps + config.train.steps
+    jobs = [
+        Job(
+            name=arm,
+            work=run_arm,
+            arguments=(config, arm),
+            steps=steps if arm in TRAINED else 1,
+            metrics=directory / arm / "metrics.jsonl" if arm in TRAINED else None,
+        )
+        for arm in (*TRAINED, "base_full", "base_window")
+        if not (directory / arm / RESULT_FILE).is_file()
+    ]
+    run_jobs(jobs, workers=count, console=console, progress=progress)
     seconds = time.perf_counter() - started
     summary = summarise(config, directory, seconds=seconds)
     replace_synced(directory / "summary.json", json.dumps(asdict(summary), indent=2).encode())
@@ -287,62 +245,12 @@ def check_same_comparison(directory: Path, config: ExperimentConfig) -> None:
                 )
 
 
-def watch(
-    futures: dict[str, Future[None]],
-    *,
-    config: ExperimentConfig,
-    directory: Path,
-    progress: Progress,
-    console: Console,
-) -> None:
-    """Shows the progress of all arms until they are done.
-
-    Raises:
-        Exception: What an arm raised.
-    """
-    total = config.distill.steps + config.train.steps
-    tasks = {arm: progress.add_task(arm, total=total if arm in TRAINED else 1) for arm in futures}
-    done: set[str] = set()
-    said = time.perf_counter()
-    while len(done) < len(futures):
-        time.sleep(POLL_SECONDS)
-        if not console.is_terminal and time.perf_counter() - said > LINE_SECONDS:
-            said = time.perf_counter()
-            running = [task for arm, task in tasks.items() if arm not in done and progress.tasks[task].completed]
-            for task in running:
-                state = progress.tasks[task]
-                console.print(f"{state.description} {state.completed:.0f}/{state.total:.0f}", highlight=False)
-        for arm, future in futures.items():
-            if arm in done:
-                continue
-            metrics = directory / arm / "metrics.jsonl"
-            if arm in TRAINED and metrics.is_file():
-                lines = metrics.read_bytes().splitlines()
-                progress.update(tasks[arm], completed=len(lines), description=described(arm, lines))
-            if future.done():
-                done.add(arm)
-                future.result()
-                progress.update(tasks[arm], completed=total if arm in TRAINED else 1, description=f"{arm} done")
-                if not console.is_terminal:
-                    console.print(f"{arm} done", highlight=False)
-
-
-def described(arm: str, lines: list[bytes]) -> str:
-    """What a bar says of the last whole line of metrics."""
-    try:
-        row = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        return arm
-    key = "reward" if row["stage"] == "grpo" else "loss"
-    return f"{arm} {row['stage']} {key} {row[key]:.3f}"
-
-
 def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> Summary:
     """The summary of all arms, from their files alone."""
     results = {
         arm: json.loads((directory / arm / RESULT_FILE).read_text()) for arm in (*TRAINED, "base_full", "base_window")
     }
-    scores = {arm: results[arm if arm in results else "pte"][arm] for arm in ARMS}
+    scores = {arm: results[arm if arm in results else "pte"][arm] for arm in SCORED}
     reward = results["pte"]["reward"]
     arms = {
         arm: ArmScore(

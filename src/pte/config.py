@@ -79,8 +79,9 @@ class AdapterConfig:
         "down_proj",
     )
     """Adapted linear maps of every layer."""
-    update_rule: Literal["read", "paper"] = "read"
-    """`paper` normalises S at every eviction, `read` keeps the plain sum and normalises where it is read."""
+    update_rule: Literal["delta", "read", "paper"] = "delta"
+    """`paper` normalises S at every eviction; `read` keeps the plain sum and normalises where it is read; `delta` first
+    removes what S already answers to a token's key."""
     key_space: Literal["pre_rotary", "post_rotary"] = "pre_rotary"
     """Keys as they were before the rotary embedding, or after it."""
     global_tokens: int = 32

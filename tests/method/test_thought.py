@@ -1,11 +1,11 @@
-"""The thought state: its equation term by term, its norm, its two update rules."""
+"""The thought state: its equation term by term, its norm, its update rules."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte.method.thought import ThoughtEncoder, normalize
+from pte.method.thought import ThoughtEncoder, corrected, normalize
 
 
 def make_encoder(*, rule: str = "read", rank: int = 3, kv_dim: int = 4, layers: int = 2) -> ThoughtEncoder:
@@ -87,10 +87,10 @@ def test_rule_paper_normalises_what_it_stores_and_rule_read_what_is_read() -> No
     paper, read = make_encoder(rule="paper"), make_encoder(rule="read")
     start = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     update = paper.encode(keys, values)
-    stored = paper.accumulate(start, update)
+    stored = paper.fold(start, keys, values)
     torch.testing.assert_close(stored, normalize(start + update), rtol=0, atol=0)
     assert paper.read(stored) is stored
-    plain = read.accumulate(start, update)
+    plain = read.fold(start, keys, values)
     torch.testing.assert_close(plain, start + update, rtol=0, atol=0)
     torch.testing.assert_close(read.read(plain), stored, rtol=1e-12, atol=1e-12)
 
@@ -100,11 +100,51 @@ def test_rule_read_does_not_care_in_which_blocks_tokens_leave() -> None:
     keys, values = evicted_tokens(12)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
     zero = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
-    whole = encoder.accumulate(zero, encoder.encode(keys, values))
+    whole = encoder.fold(zero, keys, values)
     blocks = zero
     for part in order.split([1, 4, 2, 5]):
-        blocks = encoder.accumulate(blocks, encoder.encode(keys[:, :, part], values[:, :, part]))
+        blocks = encoder.fold(blocks, keys[:, :, part], values[:, :, part])
     torch.testing.assert_close(encoder.read(blocks), encoder.read(whole), rtol=0, atol=1e-12)
+
+
+def test_a_worked_correction() -> None:
+    # Rank 1, S = 3. u = 2, v = 10: S <- 3 + (10 - 3 * 2) * 2 / (1 + 4) = 4.6. Then u = 1, v = 0: 4.6 - 4.6 / 2 = 2.3.
+    state = torch.tensor([[[[3.0]]]], dtype=torch.float64)
+    addresses = torch.tensor([[[[2.0], [1.0]]]], dtype=torch.float64)
+    contents = torch.tensor([[[[10.0], [0.0]]]], dtype=torch.float64)
+    assert corrected(state, addresses, contents).item() == pytest.approx(2.3)
+
+
+@given(st.integers(1, 9), st.integers(0, 10**6))
+def test_rule_delta_is_one_token_after_the_other(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    state, addresses, contents = (
+        torch.randn(2, 3, rows, 4, generator=generator, dtype=torch.float64) * 2 for rows in (4, count, count)
+    )
+    expected = state.clone()
+    for layer in range(2):
+        for row in range(3):
+            for u, v in zip(addresses[layer, row], contents[layer, row], strict=True):
+                correction = (v - expected[layer, row] @ u) / (1 + u @ u)
+                expected[layer, row] += torch.outer(correction, u)
+    torch.testing.assert_close(corrected(state, addresses, contents), expected, rtol=0, atol=1e-10)
+
+
+def test_rule_delta_replaces_what_was_stored_under_an_address_and_leaves_the_others() -> None:
+    first, second = 1000 * torch.eye(4, dtype=torch.float64)[:2]
+    old, new, other = torch.randn(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    zero = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    addresses, contents = torch.stack([first, second, first])[None, None], torch.stack([old, other, new])[None, None]
+    state = corrected(zero, addresses, contents)[0, 0]
+    # The share 1 / (1 + |u|^2) that a write leaves is 1e-6 here.
+    torch.testing.assert_close(state @ first, new, rtol=0, atol=1e-5)
+    torch.testing.assert_close(state @ second, other, rtol=0, atol=1e-5)
+
+
+def test_rule_delta_hardly_writes_under_a_small_address() -> None:
+    state = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    small = torch.full((1, 1, 1, 3), 1e-6, dtype=torch.float64)
+    torch.testing.assert_close(corrected(state, small, torch.ones_like(small)), state, rtol=0, atol=1e-5)
 
 
 def test_rule_paper_weighs_recent_blocks_more() -> None:
@@ -113,34 +153,34 @@ def test_rule_paper_weighs_recent_blocks_more() -> None:
     keys, values = evicted_tokens(16)
     forwards = backwards = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
     for part in range(0, 16, 4):
-        update = encoder.encode(keys[:, :, part : part + 4], values[:, :, part : part + 4]) * 100
-        forwards = encoder.accumulate(forwards, update)
+        forwards = encoder.fold(forwards, keys[:, :, part : part + 4], 100 * values[:, :, part : part + 4])
         last = 12 - part
-        update = encoder.encode(keys[:, :, last : last + 4], values[:, :, last : last + 4]) * 100
-        backwards = encoder.accumulate(backwards, update)
+        backwards = encoder.fold(backwards, keys[:, :, last : last + 4], 100 * values[:, :, last : last + 4])
     assert (forwards - backwards).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("rule", ["paper", "read"])
+@pytest.mark.parametrize("rule", ["delta", "paper", "read"])
 def test_what_is_read_stays_bounded_over_many_evictions(rule: str) -> None:
     encoder = make_encoder(rule=rule).float()
     state = torch.zeros(2, 2, 3, 3)
     keys, values = (x.float() * 50 for x in evicted_tokens(4))
     for _ in range(2000):
-        state = encoder.accumulate(state, encoder.encode(keys, values))
+        state = encoder.fold(state, keys, values)
     sizes = encoder.read(state).norm(dim=(2, 3))
     torch.testing.assert_close(sizes, torch.full((2, 2), 3**0.5), rtol=1e-5, atol=0)
+    if rule != "read":
+        assert state.norm(dim=(2, 3)).max() < 400
     if rule == "paper":
         torch.testing.assert_close(state.norm(dim=(2, 3)), torch.full((2, 2), 3**0.5), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("rule", ["paper", "read"])
+@pytest.mark.parametrize("rule", ["delta", "paper", "read"])
 def test_the_first_state_folds_the_global_tokens_into_nothing(rule: str) -> None:
     encoder = make_encoder(rule=rule)
     keys, values = evicted_tokens(2, batch=1)
     first = encoder.first_state(keys[:, 0], values[:, 0])
     update = encoder.encode(keys, values)[:, 0]
-    expected = normalize(update) if rule == "paper" else update
+    expected = update if rule == "read" else normalize(update)
     torch.testing.assert_close(first, expected, rtol=0, atol=0)
 
 

@@ -194,7 +194,7 @@ class ThoughtAdapter(nn.Module):
         rank: int = 32,
         targets: tuple[str, ...] = LINEAR_MAPS,
         scale: float = 1.0,
-        update_rule: UpdateRule = "read",
+        update_rule: UpdateRule = "delta",
         key_space: KeySpace = "pre_rotary",
         global_tokens: int = 32,
         seed: int = 0,

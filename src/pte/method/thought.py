@@ -1,14 +1,16 @@
 """The thought state: evicted keys and values folded into one rank x rank matrix per layer and sequence.
 
-Decides: how evicted tokens become S' (`ThoughtEncoder.encode`), how S' enters the running sum (`accumulate`) and
-what the adapters read (`read`). Does not know: models, caches, adapters, when an eviction happens.
+Decides: what an evicted token writes (`ThoughtEncoder.address`, `content`), how a block of them enters the running
+state (`fold`, by update rule) and what the adapters read (`read`). Does not know: models, caches, adapters, when an
+eviction happens.
 
 Paper: Section 3.  S_e' = (W_Q^a q_g)(W_K^a K_e)^T (W_V^a V_e);  S_e <- Normalize(S_e + S_e').
 Deviations: 1. q_g has `rank` query rows and S is per layer and per sequence; 2. Normalize is the Frobenius norm
-scaled to sqrt(rank), so that S = I has the right size; 3. rule `read` (ours) keeps the plain sum and normalises only
-when it is read; 4. the global tokens pass through the base's own key and value projections; 5. S' is transposed:
-with row vectors, x A S B, the paper's product meets the keys with x, with column vectors, A S B x, it would meet the
-values; the first reading learned the chained task three times as fast (docs/log.md).
+scaled to sqrt(rank), so that S = I has the right size; 3. two rules of ours: `read` keeps the plain sum and normalises
+only when it is read; `delta` (default) first removes what the state already answers to a token's key, and also
+normalises only when it is read; 4. the global tokens pass through the base's own key and value projections; 5. S' is
+transposed: with row vectors, x A S B, the paper's product meets the keys with x, with column vectors, A S B x, it
+would meet the values; the first reading learned the chained task three times as fast (docs/log.md).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-UpdateRule = Literal["read", "paper"]
+UpdateRule = Literal["delta", "read", "paper"]
 KeySpace = Literal["pre_rotary", "post_rotary"]
 
 
@@ -45,7 +47,7 @@ class ThoughtEncoder(nn.Module):
         hidden_size: Width of the global tokens.
         rank: Size of the state.
         global_tokens: Number n of learnable global tokens h_g, 0 allowed (the first state is then zero).
-        update_rule: `read` or `paper`.
+        update_rule: `delta`, `read` or `paper`.
         generator: Source of the initial values.
     """
 
@@ -78,6 +80,17 @@ class ThoughtEncoder(nn.Module):
         tokens = torch.randn(global_tokens, hidden_size, generator=generator)
         self.global_tokens = nn.Parameter(tokens)
 
+    def mapped(
+        self,
+        keys: Float[Tensor, "layers batch evicted kv_dim"],
+        values: Float[Tensor, "layers batch evicted kv_dim"],
+    ) -> tuple[Float[Tensor, "layers batch evicted rank"], Float[Tensor, "layers batch evicted rank"]]:
+        """What each evicted token is stored under, (W_Q q_g)(W_K k), and what is stored, W_V v."""
+        dtype = self.key_map.dtype
+        queries = torch.einsum("lqd,lrd->lqr", self.query, self.query_map)
+        addresses = keys.to(dtype) @ self.key_map.transpose(1, 2)[:, None] @ queries.transpose(1, 2)[:, None]
+        return addresses, values.to(dtype) @ self.value_map.transpose(1, 2)[:, None]
+
     def encode(
         self,
         keys: Float[Tensor, "layers batch evicted kv_dim"],
@@ -90,21 +103,25 @@ class ThoughtEncoder(nn.Module):
 
         Paper: the definition of S_e', transposed (deviation 5).
         """
-        dtype = self.key_map.dtype
-        queries = torch.einsum("lqd,lrd->lqr", self.query, self.query_map)
-        mapped_keys = keys.to(dtype) @ self.key_map.transpose(1, 2)[:, None]
-        mapped_values = values.to(dtype) @ self.value_map.transpose(1, 2)[:, None]
-        weights = queries[:, None] @ mapped_keys.transpose(2, 3)
-        return mapped_values.transpose(2, 3) @ weights.transpose(2, 3)
+        addresses, contents = self.mapped(keys, values)
+        return contents.transpose(2, 3) @ addresses
 
-    def accumulate(
-        self, state: Float[Tensor, "layers batch rank rank"], update: Float[Tensor, "layers batch rank rank"]
+    def fold(
+        self,
+        state: Float[Tensor, "layers batch rank rank"],
+        keys: Float[Tensor, "layers batch evicted kv_dim"],
+        values: Float[Tensor, "layers batch evicted kv_dim"],
     ) -> Float[Tensor, "layers batch rank rank"]:
         """The running state after an eviction.
 
-        Paper: S_e <- Normalize(S_e + S_e'). Rule `read`: the plain sum.
+        Rule `paper`: Normalize(S + S'). Rule `read`: S + S'. Rule `delta`: `corrected`.
+
+        Paper: S_e <- Normalize(S_e + S_e').
         """
-        return normalize(state + update) if self.update_rule == "paper" else state + update
+        if self.update_rule == "delta":
+            return corrected(state, *self.mapped(keys, values))
+        total = state + self.encode(keys, values)
+        return normalize(total) if self.update_rule == "paper" else total
 
     def first_state(
         self,
@@ -113,11 +130,33 @@ class ThoughtEncoder(nn.Module):
     ) -> Float[Tensor, "layers rank rank"]:
         """The state before any eviction, from the keys and values k_g, v_g of the global tokens.
 
+        Rule `delta` starts from the normalised sum: what it stores has the size of values, a sum has not.
+
         Paper: S_e = (W_Q^a q_g)(W_K^a k_g)^T (W_V^a v_g).
         """
-        update = self.encode(keys[:, None], values[:, None])
-        return self.accumulate(torch.zeros_like(update), update)[:, 0]
+        first = self.encode(keys[:, None], values[:, None])[:, 0]
+        return first if self.update_rule == "read" else normalize(first)
 
     def read(self, state: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank rank"]:
-        """What the adapters multiply with: Frobenius norm sqrt(rank) under either rule."""
-        return normalize(state) if self.update_rule == "read" else state
+        """What the adapters multiply with: Frobenius norm sqrt(rank) under every rule."""
+        return state if self.update_rule == "paper" else normalize(state)
+
+
+def corrected(
+    state: Float[Tensor, "layers batch rank rank"],
+    addresses: Float[Tensor, "layers batch evicted rank"],
+    contents: Float[Tensor, "layers batch evicted rank"],
+) -> Float[Tensor, "layers batch rank rank"]:
+    """The state after the normalised delta rule, a token after the other in the order given.
+
+    Equals: for each token with address u and content v, S <- S + (v - S u) u^T / (1 + |u|^2). A token overwrites the
+    share |u|^2 / (1 + |u|^2) of what S answers to its address and leaves all other directions alone, so that S stays
+    bounded and a token with a small address writes little. Solved at once: the corrections d_i = (v_i - S_i u_i) g_i
+    with g_i = 1 / (1 + |u_i|^2) obey (I + g tril(U U^T, -1)) D = g (V - U S^T), and S_new = S + D^T U.
+    """
+    gains = 1 / (1 + addresses.square().sum(-1, keepdim=True))
+    overlaps = gains * (addresses @ addresses.transpose(2, 3))
+    wanted = gains * (contents - addresses @ state.transpose(2, 3))
+    # Ones on the diagonal are implied, and what lies above it is not read.
+    corrections = torch.linalg.solve_triangular(overlaps, wanted, upper=False, unitriangular=True)
+    return state + corrections.transpose(2, 3) @ addresses

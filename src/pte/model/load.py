@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pte.method.adapter import LINEAR_MAPS
+from pte.method.cache import CacheShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +95,23 @@ def load_base(
     )
     base.to(device)  # type: ignore[arg-type]
     return freeze(base)
+
+
+def load_cache_shape(path: str | Path, *, trust_remote_code: bool = False) -> CacheShape:
+    """What one token costs in a checkpoint's cache, from its configuration alone.
+
+    Args:
+        path: Directory with a Transformers checkpoint, or a hub name.
+        trust_remote_code: Run code that the checkpoint brings along.
+
+    Raises:
+        ValueError: The model is not supported (`check_supported`).
+        OSError: No checkpoint there.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_supported(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return CacheShape(layers=config.num_hidden_layers, kv_heads=config.num_key_value_heads, head_dim=head_dim)
 
 
 def freeze(base: PreTrainedModel) -> PreTrainedModel:

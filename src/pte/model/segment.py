@@ -155,8 +155,7 @@ def fold(
     """
     adapter = policy.adapter
     assert adapter is not None and adapter.encoder is not None
-    update = adapter.encoder.encode(folded_keys(policy, evicted), evicted.values)
-    return adapter.encoder.accumulate(state, update)
+    return adapter.encoder.fold(state, folded_keys(policy, evicted), evicted.values)
 
 
 def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, "layers batch evicted kv_dim"]:

@@ -1,0 +1,92 @@
+"""What an evidence run writes down: one flat row per number, one JSON file per part.
+
+Decides: the format that the report reads. A part's file appears when the part is done, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pte.run_record import commit, replace_synced
+
+if TYPE_CHECKING:
+    from pte.checkpoint_files import Json
+
+PARTS = "parts"
+StageName = Literal["none", "warm_start", "grpo", "both"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a number is about.
+
+    Args:
+        question: Which question of the evidence it answers.
+        task: Name of the task.
+        arm: Which arm.
+        stage: Which learning stages the arm went through.
+        seed: Of the training.
+        setting: What was varied, by name.
+    """
+
+    question: str
+    task: str
+    arm: str
+    stage: StageName = "none"
+    seed: int = 0
+    setting: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number.
+
+    Args:
+        label: What it is about.
+        metric: What was measured; units are in the name.
+        value: The number.
+        right: Right answers, where the number is a share of answers.
+        total: Answers, likewise.
+    """
+
+    label: Label
+    metric: str
+    value: float
+    right: int | None = None
+    total: int | None = None
+
+    def as_json(self) -> dict[str, Json]:
+        """A flat row."""
+        return {
+            **asdict(self.label),
+            "metric": self.metric,
+            "value": self.value,
+            "right": self.right,
+            "total": self.total,
+        }
+
+
+def part_file(directory: Path, part: str) -> Path:
+    """Where a part's measurements are written."""
+    return directory / PARTS / f"{part}.json"
+
+
+def write_part(directory: Path, part: str, measurements: Sequence[Measurement], *, seconds: float) -> None:
+    """Writes the measurements of a part that is done.
+
+    Args:
+        directory: Of the evidence run.
+        part: Its name.
+        measurements: In the order in which tables show them.
+        seconds: Wall time of the part; of its last process alone where it was resumed.
+    """
+    path = part_file(directory, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"part": part, "seconds": round(seconds, 1), "commit": commit()}
+    rows = ",\n".join("  " + json.dumps(one.as_json()) for one in measurements)
+    text = json.dumps(content, indent=1)[:-2] + f',\n "measurements": [\n{rows}\n ]\n}}\n'
+    replace_synced(path, text.encode())

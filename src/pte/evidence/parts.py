@@ -1,0 +1,185 @@
+"""The parts of an evidence run, each a piece of work for one process that ends with one JSON file.
+
+Decides: what a part does: train an arm and score it in several ways (`TrainedPart`), score a base (`ScoredPart`).
+A part that was interrupted goes on from the last checkpoint of its run. What is trained and scored: `plan.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pte.evidence.measurements import Label, Measurement, write_part
+from pte.learn.optimizer import TrainingStopped
+from pte.learn.trainer import open_run, train
+from pte.run_record import RECORD_FILE, replace_synced
+from pte.session import Session, eviction_policy, open_session, open_task
+from pte.tasks.evaluate import evaluate_session
+
+if TYPE_CHECKING:
+    from pte.config import ExperimentConfig
+
+RUNS = "runs"
+BETWEEN_FILE = "between.json"
+CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One scoring of a policy.
+
+    Args:
+        label: What the score is about.
+        config: Its sections task, cache, eval and run say how it is scored.
+    """
+
+    label: Label
+    config: ExperimentConfig
+
+
+@dataclass(frozen=True)
+class ScoredPart:
+    """A base without an adapter, scored.
+
+    Args:
+        name: Of the part.
+        readings: All of the same base.
+        after: Name of the part that makes the base, or None for a shipped one.
+    """
+
+    name: str
+    readings: tuple[Reading, ...]
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """An arm, trained and scored.
+
+    Args:
+        name: Of the part.
+        config: Of its run.
+        readings: Scores in the end.
+        between: Scores after the warm start, before GRPO.
+        curve: What the curve of the GRPO stage is about; None for no curve.
+        cost: What the cost of a training step is about; None not to report it.
+        after: Name of the part that makes the base, or None for a shipped one.
+    """
+
+    name: str
+    config: ExperimentConfig
+    readings: tuple[Reading, ...]
+    between: tuple[Reading, ...] = ()
+    curve: Label | None = None
+    cost: Label | None = None
+    after: str | None = None
+
+
+def run_scored(part: ScoredPart, directory: Path) -> None:
+    """Scores a base."""
+    started = time.perf_counter()
+    session = open_session(part.readings[0].config)
+    measurements = [one for reading in part.readings for one in read(session, reading)]
+    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+
+
+def run_trained(part: TrainedPart, directory: Path) -> None:
+    """Trains an arm, from its last checkpoint if it was interrupted, and scores it.
+
+    A run that stops because loss, gradient or gap are not sound is a result: it is written down with its step.
+    """
+    started = time.perf_counter()
+    own = directory / RUNS / part.name
+    resume = (own / RECORD_FILE).is_file()
+    settings = replace(part.config.run, name=part.name, output_dir=str(directory / RUNS), resume=resume)
+    config = replace(part.config, run=settings)
+    run = open_run(config)
+
+    def between_stages(steps: int) -> None:
+        if part.between and steps == config.distill.steps:
+            rows = [one for reading in part.between for one in read(run.session, reading)]
+            plain = [[one.metric, one.value, one.right, one.total] for one in rows]
+            replace_synced(own / BETWEEN_FILE, json.dumps(plain).encode())
+
+    # A run that was interrupted after the checkpoint between the stages, while it was being scored, is scored here.
+    between_stages(run.done_steps)
+    stopped: list[Measurement] = []
+    try:
+        train(run, on_step=lambda _, step, __: between_stages(step))
+    except TrainingStopped as stop:
+        steps = len((own / "metrics.jsonl").read_bytes().splitlines())
+        print(f"{part.name}: {stop}", flush=True)
+        stopped = [Measurement(part.readings[0].label, "stopped_at_step", float(steps))]
+    measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
+    measurements = [*between_measurements(part, own), *measurements, *curve(part, own), *costs(part, own)]
+    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+
+
+def read(session: Session, reading: Reading) -> list[Measurement]:
+    """Scores a session's policy under a reading's task, cache and evaluation."""
+    config = reading.config
+    task = open_task(config, session.task.tokenizer)
+    task = replace(task, more_stop_token_ids=session.task.more_stop_token_ids)
+    policy = session.policy.with_cache(config.cache.schedule, eviction_policy(config.cache))
+    session = replace(session, task=task, policy=policy)
+    evaluation, _ = evaluate_session(session, config, name=next(iter(task.evaluation)))
+    total = evaluation.problems * evaluation.samples_per_problem
+    right = round(evaluation.accuracy * total)
+    return [
+        Measurement(reading.label, "accuracy", evaluation.accuracy, right=right, total=total),
+        Measurement(reading.label, "cache_bytes", float(evaluation.peak_cache_bytes)),
+        Measurement(reading.label, "evictions", evaluation.evictions),
+        Measurement(reading.label, "completion_tokens", evaluation.completion_tokens),
+    ]
+
+
+def between_measurements(part: TrainedPart, own: Path) -> list[Measurement]:
+    """What was scored after the warm start, perhaps by an earlier process."""
+    if not part.between:
+        return []
+    rows = json.loads((own / BETWEEN_FILE).read_text(encoding="utf-8"))
+    each = len(rows) // len(part.between)
+    return [
+        Measurement(part.between[index // each].label, metric, value, right=right, total=total)
+        for index, (metric, value, right, total) in enumerate(rows)
+    ]
+
+
+def curve(part: TrainedPart, own: Path) -> list[Measurement]:
+    """The GRPO stage step by step: metrics against steps, seconds and sampled tokens."""
+    if part.curve is None:
+        return []
+    measurements = []
+    seconds = tokens = 0.0
+    completions = part.config.train.prompts_per_step * part.config.train.group_size
+    for row in metrics_rows(own, stage="grpo"):
+        seconds += row["seconds"]
+        tokens += row["completion_tokens"] * completions
+        setting = {"step": row["step"], "seconds": round(seconds, 2), "tokens": tokens}
+        label = replace(part.curve, setting={**part.curve.setting, **setting})
+        measurements += [Measurement(label, name, row[name]) for name in CURVE_METRICS if row.get(name) is not None]
+    return measurements
+
+
+def costs(part: TrainedPart, own: Path) -> list[Measurement]:
+    """What a training step took, the first ones left out."""
+    if part.cost is None:
+        return []
+    rows = metrics_rows(own, stage="grpo") or metrics_rows(own, stage="distill")
+    settled = sorted(row["seconds"] for row in rows[len(rows) // 10 :])
+    return [Measurement(part.cost, "step_seconds", settled[len(settled) // 2])]
+
+
+def metrics_rows(own: Path, *, stage: str) -> list[dict[str, float]]:
+    """Rows of a run's metrics of one stage."""
+    lines = (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+
+def accuracy_of(measurements: Sequence[Measurement]) -> float:
+    """The first accuracy among measurements."""
+    return next(one.value for one in measurements if one.metric == "accuracy")
