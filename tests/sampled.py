@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "thought": {},
     "paper rule": {"update_rule": "paper"},
     "read rule": {"update_rule": "read"},
+    "one adapted layer": {"layers": (1,)},
     "post-rotary keys": {"key_space": "post_rotary"},
     "no global tokens": {"global_tokens": 0},
     "lora": {"kind": "lora"},

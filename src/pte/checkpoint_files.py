@@ -31,7 +31,7 @@ PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_REMEDY = "a pickle can run any code, so convert it with the program that wrote it"
 VOLATILE_KEYS = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
-Option: TypeAlias = str | int | float | list[str]
+Option: TypeAlias = str | int | float | list[str] | list[int]
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 StateTree: TypeAlias = (
     Tensor

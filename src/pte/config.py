@@ -79,7 +79,9 @@ class AdapterConfig:
         "up_proj",
         "down_proj",
     )
-    """Adapted linear maps of every layer."""
+    """Adapted linear maps of every adapted layer."""
+    layers: tuple[int, ...] = ()
+    """Adapted layers, from 0; leave it out for all."""
     update_rule: Literal["delta", "read", "paper"] = "delta"
     """`paper` normalises S at every eviction; `read` keeps the plain sum and normalises where it is read; `delta` first
     removes what S already answers to a token's key."""
@@ -107,6 +109,13 @@ class AdapterConfig:
             rule="name each linear map once",
             value=self.targets,
             remedy="drop the repetition",
+        )
+        require(
+            len(set(self.layers)) == len(self.layers) and all(layer >= 0 for layer in self.layers),
+            "layers",
+            rule="name different layers, the first being 0",
+            value=self.layers,
+            remedy="leave it out for all layers",
         )
         require_at_least(0, "global_tokens", value=self.global_tokens, remedy="the paper uses 32")
         require(

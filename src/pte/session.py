@@ -123,6 +123,7 @@ def open_session(config: ExperimentConfig) -> Session:
             kind=options.kind,
             rank=options.rank,
             targets=options.targets,
+            layers=options.layers or None,
             scale=options.scale,
             update_rule=options.update_rule,
             key_space=options.key_space,

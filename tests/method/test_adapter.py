@@ -38,7 +38,7 @@ def moved_adapter(**options: object) -> ThoughtAdapter:
 def adapted_maps(adapter: ThoughtAdapter, layer: int) -> dict[str, ThoughtLinear]:
     torch.manual_seed(layer)
     maps = {}
-    for group, names in enumerate(adapter.groups):
+    for group, names in enumerate(adapter.groups(layer)):
         for member, name in enumerate(names):
             base = nn.Linear(*SIZES.maps[name], dtype=torch.float64)
             maps[name] = ThoughtLinear(base, layer=layer, group=group, member=member, binding=adapter.binding)
@@ -220,3 +220,19 @@ def test_options_that_no_adapter_can_have_are_refused(options: dict[str, object]
     with pytest.raises(ValueError) as caught:
         ThoughtAdapter(SIZES, **options)
     assert str(caught.value) == text
+
+
+def test_only_the_adapted_layers_have_parameters_and_weights() -> None:
+    adapter = ThoughtAdapter(SIZES, rank=3, global_tokens=2, layers=(1,))
+    assert {name.split(".")[1] for name, _ in adapter.named_parameters() if name.startswith("layers.")} == {"1"}
+    first, second = adapter.weights(torch.float32)
+    assert all(group is None for group in first) and all(group is not None for group in second)
+    assert adapter.options()["layers"] == [1]
+    twin = ThoughtAdapter(SIZES, **{**adapter.options(), "targets": adapter.targets, "layers": (1,)})
+    assert [name for name, _ in twin.named_parameters()] == [name for name, _ in adapter.named_parameters()]
+
+
+@pytest.mark.parametrize("layers", [(), (0, 0), (2,), (-1,)])
+def test_layers_that_a_model_does_not_have_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"layers must be different indices from 0 to 1, at least one, got"):
+        ThoughtAdapter(SIZES, layers=layers)

@@ -174,7 +174,8 @@ class ThoughtAdapter(nn.Module):
         sizes: Of the base model.
         kind: `thought`; `global_only` (the state keeps its first value); `lora` (S = I, no encoder).
         rank: Of A, B and S.
-        targets: Adapted linear maps of every layer.
+        targets: Adapted linear maps of every adapted layer.
+        layers: Indices of the adapted layers; None for all.
         scale: Factor on the update.
         update_rule: How evictions enter the state.
         key_space: Keys as they were before the rotary embedding, or after it.
@@ -193,6 +194,7 @@ class ThoughtAdapter(nn.Module):
         kind: AdapterKind = "thought",
         rank: int = 32,
         targets: tuple[str, ...] = LINEAR_MAPS,
+        layers: tuple[int, ...] | None = None,
         scale: float = 1.0,
         update_rule: UpdateRule = "delta",
         key_space: KeySpace = "pre_rotary",
@@ -201,18 +203,25 @@ class ThoughtAdapter(nn.Module):
     ) -> None:
         super().__init__()
         check_adapter_options(targets, rank=rank, global_tokens=global_tokens, kind=kind)
+        check_layers(layers, sizes.layers)
         self.sizes = sizes
         self.kind: AdapterKind = kind
         self.rank = rank
         self.targets = targets
+        self.adapted_layers = tuple(range(sizes.layers)) if layers is None else layers
         self.scale = scale
         self.update_rule: UpdateRule = update_rule
         self.key_space: KeySpace = key_space
         self.binding = Binding()
         generator = torch.Generator().manual_seed(seed)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator) for name in targets})
-            for _ in range(sizes.layers)
+            nn.ModuleDict(
+                {
+                    name: LowRankPair(*sizes.maps[name], rank=rank, generator=generator)
+                    for name in self.targets_of(layer)
+                }
+            )
+            for layer in range(sizes.layers)
         )
         self.encoder = (
             None
@@ -240,7 +249,7 @@ class ThoughtAdapter(nn.Module):
             dtype: Of the base; the float32 masters stay as they are.
         """
         return tuple(
-            tuple(self.group_weights(layer, names, dtype) for names in self.groups)
+            tuple(self.group_weights(layer, names, dtype) for names in self.groups(layer))
             for layer in range(self.sizes.layers)
         )
 
@@ -260,14 +269,24 @@ class ThoughtAdapter(nn.Module):
         assert isinstance(pair, LowRankPair)
         return pair
 
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The adapted maps of each input group."""
-        return tuple(tuple(name for name in names if name in self.targets) for names in INPUT_GROUPS)
+    def targets_of(self, layer: int) -> tuple[str, ...]:
+        """The adapted maps of a layer; none of a layer that is left alone."""
+        return self.targets if layer in self.adapted_layers else ()
 
-    def options(self) -> dict[str, str | int | float | list[str]]:
-        """The options that rebuild this adapter for the same base, as plain JSON values."""
+    def groups(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """The adapted maps of each input group of a layer."""
+        targets = self.targets_of(layer)
+        return tuple(tuple(name for name in names if name in targets) for names in INPUT_GROUPS)
+
+    def options(self) -> dict[str, str | int | float | list[str] | list[int]]:
+        """The options that rebuild this adapter for the same base, as plain JSON values; `layers` only where some are
+        left alone."""
+        some = len(self.adapted_layers) < self.sizes.layers
+        layers: dict[str, str | int | float | list[str] | list[int]] = (
+            {"layers": list(self.adapted_layers)} if some else {}
+        )
         return {
+            **layers,
             "kind": self.kind,
             "rank": self.rank,
             "targets": list(self.targets),
@@ -276,6 +295,18 @@ class ThoughtAdapter(nn.Module):
             "key_space": self.key_space,
             "global_tokens": 0 if self.encoder is None else self.encoder.global_tokens.shape[0],
         }
+
+
+def check_layers(layers: tuple[int, ...] | None, count: int) -> None:
+    """Refuses layers that a model does not have.
+
+    Raises:
+        ValueError: None is named, one is named twice, or one is out of range.
+    """
+    if layers is not None and (not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(count))):
+        raise ValueError(
+            f"layers must be different indices from 0 to {count - 1}, at least one, got {layers}; leave it out for all"
+        )
 
 
 def check_adapter_options(targets: tuple[str, ...], *, rank: int, global_tokens: int, kind: AdapterKind) -> None:

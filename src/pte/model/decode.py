@@ -93,7 +93,7 @@ class DecodeLayer:
             InputGroup(
                 tuple(linear_of(layer, name) for name in names),
                 None if weights is None else weights[group],
-                adapted=() if policy.adapter is None else tuple(map(names.index, policy.adapter.groups[group])),
+                adapted=() if policy.adapter is None else tuple(map(names.index, policy.adapter.groups(index)[group])),
             )
             for group, names in enumerate(INPUT_GROUPS)
         )

@@ -125,7 +125,7 @@ def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:
     if any(isinstance(module, ThoughtLinear) for layer in layers for module in layer.modules()):
         raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
     for index, layer in enumerate(layers):
-        for group, names in enumerate(adapter.groups):
+        for group, names in enumerate(adapter.groups(index)):
             for member, name in enumerate(names):
                 adapted = ThoughtLinear(
                     linear_of(layer, name), layer=index, group=group, member=member, binding=adapter.binding
