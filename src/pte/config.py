@@ -15,6 +15,7 @@ from pte.config_rules import check_types, require, require_above_zero, require_a
 from pte.config_stages import DistillConfig, EvalConfig, RolloutConfig, TrainConfig
 from pte.method.schedule import EvictionSchedule
 
+GeneratedKind = Literal["chained", "recall"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 __all__ = [
@@ -154,8 +155,11 @@ class CacheConfig:
 class TaskConfig:
     """Problems with verifiable answers."""
 
-    kind: Literal["chained", "jsonl"] = "chained"
-    """`chained`: generated chained assignments; `jsonl`: files with lines of id, problem, answer, source."""
+    kind: Literal["chained", "recall", "mixture", "jsonl"] = "chained"
+    """`chained`: generated chained assignments; `recall`: facts of the policy's own choice, asked for later; `mixture`:
+    several of these; `jsonl`: files with lines of id, problem, answer, source."""
+    mixture: tuple[GeneratedKind, ...] = ()
+    """Mixture: two or more kinds of generated problems, which take turns in training."""
     train_path: str | None = None
     """JSONL file of training problems."""
     eval_paths: tuple[str, ...] = ()
@@ -180,11 +184,19 @@ class TaskConfig:
     """Chained: most statements between the two; unset for no bound."""
     num_names: int | None = None
     """Chained: variable names to draw from; unset for all 60."""
+    num_facts: int = 16
+    """Recall: facts that the policy writes; the trace has two tokens for each fact and each query, plus one."""
+    num_queries: int = 8
+    """Recall: facts that it is asked for."""
+    num_keys: int = 256
+    """Recall: keys to draw from; fewer than num_facts are written again with new values."""
+    max_age: int | None = None
+    """Recall: each query asks for one of the last max_age facts, in between; unset for all queries at the end."""
 
     def __post_init__(self) -> None:
         check_types(self)
         require(
-            self.kind == "chained" or self.train_path is not None or bool(self.eval_paths),
+            self.kind != "jsonl" or self.train_path is not None or bool(self.eval_paths),
             "train_path",
             rule="name a file, or eval_paths some, with kind 'jsonl'",
             value=self.train_path,
@@ -204,11 +216,25 @@ class TaskConfig:
             value=self.reward,
             remedy="use for example 'my_rewards:short_and_right'",
         )
+        require(
+            self.kind != "mixture" or len(set(self.mixture)) == len(self.mixture) >= 2,
+            "mixture",
+            rule="name two or more kinds, each once, with kind 'mixture'",
+            value=self.mixture,
+            remedy="use for example ['chained', 'recall']",
+        )
         for name, least in (("num_statements", 1), ("num_constants", 2), ("modulus", 2), ("min_distance", 1)):
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
         variables = self.num_statements + self.num_constants
         require_at_least(variables, "num_names", value=self.num_names, remedy="leave it out for all names")
         require_at_least(self.min_distance, "max_distance", value=self.max_distance, remedy="leave it out for no bound")
+        for name, least in (("num_facts", 1), ("num_queries", 1), ("num_keys", 2), ("max_age", 1)):
+            require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the families whose problems are generated; empty for files."""
+        return self.mixture if self.kind == "mixture" else () if self.kind == "jsonl" else (self.kind,)
 
 
 @dataclass(frozen=True)
@@ -268,9 +294,9 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.task.kind != "chained" or self.eval.problems is not None,
+            not self.task.families or self.eval.problems is not None,
             "eval.problems",
-            rule="be a number with task.kind 'chained' (its problems have no end)",
+            rule=f"be a number with task.kind {self.task.kind!r} (generated problems have no end)",
             value=self.eval.problems,
             remedy="use for example 512",
         )

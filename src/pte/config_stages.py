@@ -158,7 +158,7 @@ class EvalConfig:
     """Scoring on held-out problems."""
 
     problems: int | None = 512
-    """Problems at most, the first ones of each set; unset for all (chained has no end and needs a number)."""
+    """Problems at most, the first ones of each set; unset for all (generated ones have no end and need a number)."""
     samples_per_problem: int = 1
     """Completions of each problem: avg@k and pass@k."""
     temperature: float = 0.0

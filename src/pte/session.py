@@ -7,7 +7,7 @@ nothing is downloaded, attached or written before the configuration has been che
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ from pte.method.eviction.window import OldestFirst
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 from pte.tasks.chained import embedded_model_dir
-from pte.tasks.task import Task, chained_task, jsonl_task
+from pte.tasks.families import FAMILIES
+from pte.tasks.task import Task, generated_task, jsonl_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 
 FINGERPRINT_ROWS = 512
-OF_JSONL = ("train_path", "eval_paths", "traces_path", "prompt_template")
 
 
 @dataclass
@@ -203,31 +203,45 @@ def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
     return OldestFirst()
 
 
+def check_no_idle_fields(task: TaskConfig) -> None:
+    """Refuses a task with a field that its kind does not read.
+
+    Raises:
+        ValueError: Such a field differs from its default: it would be ignored.
+    """
+    readers = {name: (family.name,) for family in FAMILIES.values() for name in family.shape_fields}
+    readers["mixture"] = ("mixture",)
+    for field in fields(task):
+        kinds = readers.get(field.name, ("jsonl",))
+        value = getattr(task, field.name)
+        if field.name in ("kind", "reward") or value == field.default or {task.kind, *task.families} & set(kinds):
+            continue
+        raise ValueError(
+            f"task.{field.name} must be left out with task.kind {task.kind!r}, which does not read it, got {value!r}; "
+            f"set task.kind to {kinds[0]!r}, or drop it"
+        )
+
+
 def open_task(config: ExperimentConfig, tokenizer: object) -> Task:
     """The task of a configuration.
 
     Raises:
-        ValueError: Files are named for a task whose problems are generated: they would be ignored.
+        ValueError: A field is set that the task's kind does not read: it would be ignored.
     """
     task = config.task
-    for name in OF_JSONL if task.kind == "chained" else ():
-        if getattr(task, name) != getattr(TaskConfig, name):
-            raise ValueError(
-                f"task.{name} must be left out with task.kind 'chained', whose problems are generated, got "
-                f"{getattr(task, name)!r}; set task.kind to 'jsonl', or drop it"
-            )
-    if task.kind == "chained":
+    check_no_idle_fields(task)
+    if task.families:
         assert config.eval.problems is not None
-        return chained_task(
+        families = {name: FAMILIES[name] for name in task.families}
+        return generated_task(
             tokenizer,  # type: ignore[arg-type]
+            families,
+            shapes={
+                name: {field: getattr(task, field) for field in family.shape_fields}
+                for name, family in families.items()
+            },
             seed=config.run.seed,
             eval_problems=config.eval.problems,
-            num_statements=task.num_statements,
-            num_constants=task.num_constants,
-            modulus=task.modulus,
-            min_distance=task.min_distance,
-            max_distance=task.max_distance,
-            num_names=task.num_names,
             reward=task.reward,
         )
     return jsonl_task(

@@ -13,44 +13,36 @@ A result is written once as a joint token, and read again some statements later.
 shorter than that distance it can only come from a memory of evicted tokens.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
-PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
-ASK_TOKEN = "?"
-ANSWER_TOKEN = "=>"
+from pte.learn.rewards import exact_reward
+from pte.tasks.generated import (
+    ANSWER_TOKEN,
+    ASK_TOKEN,
+    COMMON_TOKENS,
+    EOS_TOKEN,
+    Family,
+    GeneratedProblem,
+    Split,
+    check_draw,
+    named_problem,
+    require_shape,
+    split_of,
+    tokens_before_eos,
+)
+
 UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VARIABLE_NAMES = (*UPPER, *UPPER.lower(), *(2 * letter for letter in UPPER[:8]))
 MAX_MODULUS = 10
 MAX_STATEMENTS = 63
-HELDOUT_ONE_IN = 8
 PAIR_TRIES = 50
 """Draws before a pair of operands that an earlier statement has is accepted."""
 CONSTANT_FRACTION = 1 / 8
 """How often one operand is a constant although results are at a permitted distance."""
-
-Split = Literal["train", "heldout"]
-
-
-@dataclass(frozen=True)
-class ChainedProblem:
-    """One problem with the only right reasoning for it."""
-
-    id: str
-    """Names the problem by its content: equal ids, equal problems."""
-    problem: str
-    """The prompt, tokens separated by spaces, without `<bos>`."""
-    answer: str
-    """Value of the asked variable, for example "7"."""
-    source: str
-    """"chained/train" or "chained/heldout"."""
-    trace: str
-    """The right reasoning, ten tokens a statement, then `=> variable value <eos>`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def generate_problems(
     min_distance: int = 1,
     max_distance: int | None = None,
     num_names: int | None = None,
-) -> list[ChainedProblem]:
+) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
     A problem belongs to the split that `split_of` its text names, whatever the seed, so a held-out
@@ -100,18 +92,11 @@ def generate_problems(
         ValueError: An argument is out of range, or the constants make too few different pairs for
             the statements that have only constants to add.
     """
-    _require(count >= 0, "count", "be at least 0", count, "0 for none")
-    _require(seed >= 0, "seed", "be at least 0", seed, str(abs(seed)))
-    _require(split in ("train", "heldout"), "split", "be 'train' or 'heldout'", split, "'heldout'")
+    check_draw(count, seed=seed, split=split)
     names = _checked_names(num_names, needed=num_statements + num_constants)
     shape = _checked_shape(num_statements, num_constants, modulus, min_distance, max_distance, names)
     drawn = _draw_problems(random.Random(seed), shape=shape, split=split)
     return [next(drawn) for _ in range(count)]
-
-
-def split_of(problem: str) -> Split:
-    """The split a prompt belongs to: a hash of its text holds out one in eight."""
-    return "heldout" if _digest(problem)[0] % HELDOUT_ONE_IN == 0 else "train"
 
 
 def parse_answer(completion_text: str) -> str | None:
@@ -123,7 +108,7 @@ def parse_answer(completion_text: str) -> str | None:
     Args:
         completion_text: What the model wrote, without the prompt. Text after `<eos>` is ignored.
     """
-    tokens = _tokens_before_eos(completion_text)
+    tokens = tokens_before_eos(completion_text)
     if tokens.count(ANSWER_TOKEN) != 1 or tokens[-3:-2] != [ANSWER_TOKEN]:
         return None
     variable, value = tokens[-2:]
@@ -136,19 +121,19 @@ def answer_is_right(completion_text: str, answer: str) -> bool:
 
     Args:
         completion_text: What the model wrote, without the prompt.
-        answer: `ChainedProblem.answer`.
+        answer: `GeneratedProblem.answer`.
     """
     return parse_answer(completion_text) == answer
 
 
-def trace_is_right(completion_text: str, problem: ChainedProblem) -> bool:
+def trace_is_right(completion_text: str, problem: GeneratedProblem) -> bool:
     """Whether every reasoning token is right, the answer included; `<eos>` may be stripped.
 
     Args:
         completion_text: What the model wrote, without the prompt.
         problem: The problem it was asked.
     """
-    return _tokens_before_eos(completion_text) == _tokens_before_eos(problem.trace)
+    return tokens_before_eos(completion_text) == tokens_before_eos(problem.trace)
 
 
 def vocabulary() -> list[str]:
@@ -156,8 +141,7 @@ def vocabulary() -> list[str]:
     values = [str(value) for value in range(MAX_MODULUS)]
     numbers = [f"#{number}" for number in range(MAX_STATEMENTS + 1)]
     joint = [name + value for name in VARIABLE_NAMES for value in values]
-    special = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, ASK_TOKEN, ANSWER_TOKEN]
-    return [*special, *values, *numbers, *VARIABLE_NAMES, *joint]
+    return [*COMMON_TOKENS, *values, *numbers, *VARIABLE_NAMES, *joint]
 
 
 def embedded_model_dir() -> Path:
@@ -165,7 +149,7 @@ def embedded_model_dir() -> Path:
     return Path(str(resources.files("pte.tasks").joinpath("embedded")))
 
 
-def _draw_problems(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[ChainedProblem]:
+def _draw_problems(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
     """Endless problems of one split: draws until the hash of the text falls into it."""
     while True:
         names = rng.sample(shape.names, shape.num_constants + shape.num_statements)
@@ -186,13 +170,7 @@ def _draw_problems(rng: random.Random, *, shape: _Shape, split: Split) -> Iterat
             trace.append(f"#{number} {left} {left}{x} {x} {right} {right}{y} {y} {result} {z} {result}{z}")
         answer = str(values[asked])
         trace.append(f"{ANSWER_TOKEN} {asked} {answer} {EOS_TOKEN}")
-        yield ChainedProblem(
-            id=f"chained-{split}-{_digest(problem).hex()[:16]}",
-            problem=problem,
-            answer=answer,
-            source=f"chained/{split}",
-            trace=" ".join(trace),
-        )
+        yield named_problem("chained", problem=problem, answer=answer, trace=" ".join(trace))
 
 
 def _draw_statements(
@@ -236,32 +214,32 @@ def _checked_shape(
     names: tuple[str, ...],
 ) -> _Shape:
     """The shape, or a ValueError that names the parameter, the rule, the value and a remedy."""
-    _require(num_constants >= 2, "num_constants", "be at least 2", num_constants, "2 or more")
+    require_shape(num_constants >= 2, "num_constants", rule="be at least 2", value=num_constants, remedy="2 or more")
     most = min(MAX_STATEMENTS, len(VARIABLE_NAMES) - num_constants)
     rule = f"be from 1 to {most} (each statement and each of {num_constants} constants has its own name)"
     remedy = f"{most} or fewer statements, or fewer constants"
-    _require(1 <= num_statements <= most, "num_statements", rule, num_statements, remedy)
+    require_shape(1 <= num_statements <= most, "num_statements", rule=rule, value=num_statements, remedy=remedy)
     rule = f"be from 2 to {MAX_MODULUS} (values are single digits)"
-    _require(2 <= modulus <= MAX_MODULUS, "modulus", rule, modulus, str(MAX_MODULUS))
-    _require(min_distance >= 1, "min_distance", "be at least 1", min_distance, "1")
+    require_shape(2 <= modulus <= MAX_MODULUS, "modulus", rule=rule, value=modulus, remedy=str(MAX_MODULUS))
+    require_shape(min_distance >= 1, "min_distance", rule="be at least 1", value=min_distance, remedy="1")
     furthest = num_statements if max_distance is None else max_distance
     rule = f"be at least min_distance ({min_distance})"
-    _require(
+    require_shape(
         max_distance is None or furthest >= min_distance,
         "max_distance",
-        rule,
-        max_distance,
-        "None for no bound",
+        rule=rule,
+        value=max_distance,
+        remedy="None for no bound",
     )
     only_constants = min(min_distance, num_statements)
     pairs = num_constants * (num_constants - 1) // 2
     rule = f"make {only_constants} different pairs, for the statements before min_distance ({min_distance})"
-    _require(
+    require_shape(
         pairs >= only_constants,
         "num_constants",
-        rule,
-        num_constants,
-        "more constants or a smaller min_distance",
+        rule=rule,
+        value=num_constants,
+        remedy="more constants or a smaller min_distance",
     )
     return _Shape(num_statements, num_constants, modulus, min_distance, furthest, names)
 
@@ -272,19 +250,10 @@ def _checked_names(num_names: int | None, *, needed: int) -> tuple[str, ...]:
         return VARIABLE_NAMES
     most = len(VARIABLE_NAMES)
     rule = f"be from num_statements + num_constants ({needed}) to {most}"
-    _require(needed <= num_names <= most, "num_names", rule, num_names, f"{min(needed, most)} or more")
+    require_shape(
+        needed <= num_names <= most, "num_names", rule=rule, value=num_names, remedy=f"{min(needed, most)} or more"
+    )
     return VARIABLE_NAMES[:num_names]
 
 
-def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value!r}; use {remedy}")
-
-
-def _tokens_before_eos(text: str) -> list[str]:
-    tokens = text.split()
-    return tokens[: tokens.index(EOS_TOKEN)] if EOS_TOKEN in tokens else tokens
-
-
-def _digest(problem: str) -> bytes:
-    return hashlib.sha256(problem.encode()).digest()
+FAMILY = Family("chained", generate_problems, exact_reward(parse_answer), vocabulary)

@@ -144,7 +144,7 @@ def evaluate(
         prompts=[problem.problem for problem in repeated],
         completions=texts,
         completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
-        columns={"answer": [problem.answer for problem in repeated]},
+        columns=task.columns(repeated),
     )
     correct = torch.tensor(right, dtype=torch.float64).view(len(problems), samples_per_problem) == 1.0
     if samples_per_problem == 1:

@@ -1,8 +1,8 @@
 """What a run needs of its problems: prompts as tokens, an endless seeded order, rewards, accuracy, right traces.
 
 Decides: the order in which training problems come (a pure function of seed and position, so that a resumed run needs
-only the position), and how the two kinds of task, generated chained assignments and JSONL files, look the same to the
-stages. Does not know policies or rollouts.
+only the position), and how the two kinds of task, generated problems (one family or a mixture) and JSONL files, look
+the same to the stages. Does not know policies or rollouts.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from pte.learn.rewards import RewardFunction, exact_reward, load_reward, math_reward
-from pte.tasks.chained import generate_problems, parse_answer
+from pte.tasks.generated import Family, GeneratedProblem
 from pte.tasks.problems import BOXED_INSTRUCTION, Problem, PromptTemplate, encode_prompt, load_problems
 from pte.tasks.problems import Tokenizer as PromptTokenizer
 
 GENERATED_AT_ONCE = 256
-CHAINED_LOOKED_AT = 64
-"""Chained problems of one shape are all of one length."""
+GENERATED_LOOKED_AT = 64
+"""Generated problems of each family that `longest_prompt` looks at: those of one shape are all of one length."""
 
 
 class Tokenizer(PromptTokenizer, Protocol):
@@ -120,57 +119,82 @@ class Task:
         return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
 
 
-def chained_task(
+def generated_task(
     tokenizer: Tokenizer,
+    families: Mapping[str, Family],
     *,
+    shapes: Mapping[str, Mapping[str, int | None]],
     seed: int,
     eval_problems: int,
-    num_statements: int,
-    num_constants: int,
-    modulus: int,
-    min_distance: int,
-    max_distance: int | None,
-    num_names: int | None,
     reward: str = "exact",
 ) -> Task:
-    """The embedded task; held-out problems never occur in training (`chained.split_of`).
+    """Problems of one family, or of several in turn; held-out problems never occur in training (`split_of`).
+
+    Each family is an evaluation set of its own, under its name.
+
+    Args:
+        tokenizer: Of the base.
+        families: By name, in the order in which training problems take turns.
+        shapes: For each family, the parameters of its `generate`.
+        seed: Of the problems.
+        eval_problems: Held-out problems of each family.
+        reward: "exact" for the families' own accuracy, or `module:function`.
 
     Raises:
-        ValueError: The shape is out of range, or `reward` is neither "exact" nor a function that can be loaded.
+        ValueError: A shape is out of range, or `reward` is neither "exact" nor a function that can be loaded.
     """
-    blocks: dict[int, list[TrainingProblem]] = {}
-    draw = partial(
-        generate_problems,
-        num_statements=num_statements,
-        num_constants=num_constants,
-        modulus=modulus,
-        min_distance=min_distance,
-        max_distance=max_distance,
-        num_names=num_names,
-    )
+    blocks: dict[str, tuple[int, list[TrainingProblem]]] = {}
+    names = tuple(families)
 
     def training(position: int) -> TrainingProblem:
-        block, offset = divmod(position, GENERATED_AT_ONCE)
-        if block not in blocks:
-            blocks.clear()
-            drawn = draw(GENERATED_AT_ONCE, seed=mixed_seed(seed, block), split="train")
-            blocks[block] = [
-                TrainingProblem(Problem(one.id, one.problem, one.answer, one.source), one.trace) for one in drawn
-            ]
-        return blocks[block][offset]
+        turn, name = position // len(names), names[position % len(names)]
+        block, offset = divmod(turn, GENERATED_AT_ONCE)
+        if name not in blocks or blocks[name][0] != block:
+            drawn = families[name].generate(
+                GENERATED_AT_ONCE, seed=mixed_seed(seed, block), split="train", **shapes[name]
+            )
+            blocks[name] = (block, [TrainingProblem(_as_problem(one), one.trace) for one in drawn])
+        return blocks[name][1][offset]
 
-    heldout = draw(eval_problems, seed=seed, split="heldout")
-    accuracy = exact_reward(parse_answer)
+    evaluation = {
+        name: [_as_problem(one) for one in family.generate(eval_problems, seed=seed, split="heldout", **shapes[name])]
+        for name, family in families.items()
+    }
+    accuracy = families[names[0]].accuracy if len(names) == 1 else mixed_accuracy(families)
     return Task(
         tokenizer=tokenizer,
         training=training,
-        evaluation={"chained": [Problem(one.id, one.problem, one.answer, one.source) for one in heldout]},
+        evaluation=evaluation,
         reward=accuracy if reward == "exact" else load_reward(reward),
         accuracy=accuracy,
         template="raw",
         instruction=None,
-        num_training=CHAINED_LOOKED_AT,
+        num_training=GENERATED_LOOKED_AT * len(names),
     )
+
+
+def mixed_accuracy(families: Mapping[str, Family]) -> RewardFunction:
+    """The accuracy of completions of several families, each scored by its own; the problems' source says which.
+
+    Args:
+        families: By name.
+    """
+
+    def accuracy_of_its_family(
+        completions: Sequence[str], answer: Sequence[str], source: Sequence[str], **ignored: object
+    ) -> list[float | None]:
+        scores: list[float | None] = [None] * len(completions)
+        of = [text.partition("/")[0] for text in source]
+        for name in dict.fromkeys(of):
+            rows = [row for row, other in enumerate(of) if other == name]
+            scored = families[name].accuracy(
+                completions=[completions[row] for row in rows], answer=[answer[row] for row in rows]
+            )
+            for row, score in zip(rows, scored, strict=True):
+                scores[row] = score
+        return scores
+
+    return accuracy_of_its_family
 
 
 def jsonl_task(
@@ -267,3 +291,7 @@ def last_line(completion: str) -> str | None:
 def mixed_seed(seed: int, part: int) -> int:
     """A seed for one part of an endless order."""
     return random.Random(f"{seed}/{part}").getrandbits(62)
+
+
+def _as_problem(one: GeneratedProblem) -> Problem:
+    return Problem(one.id, one.problem, one.answer, one.source)
