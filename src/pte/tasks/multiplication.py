@@ -9,23 +9,27 @@ into the next; the highest place of a row is the last carry:
 
     @00 2 ^1 @01 9 ^1 @02 5 ^2 @03 2   @10 0 ^1 ...   +0 2 ^0 +1 9 ^0 ...   => 2 4 1 9 2 <eos>
 
-`@10` is place 0 of row 1 (times the second factor's digit at place 1), `+k` is place k of the sum: digit k of row 0, digit
-k - 1 of row 1 and so on, and the carry. The first factor's digits are in the prompt; those of rows and sum are only in
+`@10` is place 0 of row 1 (times the second factor's digit at place 1), `+k` is place k of the sum: digit k of row 0,
+digit k - 1 of row 1 and so on, and the carry. The factors' digits are in the prompt; those of rows and sum are only in
 the reasoning, many tokens before they are needed. Factors have no leading zero, products are padded with zeros.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
 
-from pte.tasks.chained import (
+from pte.learn.rewards import exact_reward
+from pte.tasks.generated import (
     ANSWER_TOKEN,
-    BOS_TOKEN,
+    COMMON_TOKENS,
     EOS_TOKEN,
-    PAD_TOKEN,
+    Family,
+    GeneratedProblem,
     Split,
+    check_draw,
+    named_problem,
+    require_shape,
     split_of,
+    tokens_before_eos,
 )
 
 TIMES_TOKEN = "*"
@@ -35,25 +39,9 @@ MAX_CARRY = 8
 """9 * 9 + 8 = 89 carries 8, and six digits of 9 with a carry of 5 carry 5."""
 
 
-@dataclass(frozen=True)
-class MultiplicationProblem:
-    """One problem with the only right reasoning for it."""
-
-    id: str
-    """Names the problem by its content: equal ids, equal problems."""
-    problem: str
-    """The prompt, tokens separated by spaces, without `<bos>`."""
-    answer: str
-    """Digits of the product, highest first, padded with zeros, for example "2 4 1 9 2"."""
-    source: str
-    """"multiplication/train" or "multiplication/heldout"."""
-    trace: str
-    """The right reasoning: rows, sum, `=>`, product, `<eos>`."""
-
-
 def generate_problems(
     count: int, *, seed: int, split: Split, left_digits: int = 3, right_digits: int = 2
-) -> list[MultiplicationProblem]:
+) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
     A problem belongs to the split that `split_of` its text names, whatever the seed, so a held-out
@@ -64,20 +52,15 @@ def generate_problems(
         seed: Seed of the draw, 0 or more. Other seeds give other problems.
         split: "train" or "heldout".
         left_digits: Digits of the first factor, the places of a row.
-        right_digits: Digits of the second factor, the rows. At least three digits in both together: with fewer there
-            are 81 problems, too few to hold any out.
+        right_digits: Digits of the second factor, the rows.
 
     Raises:
         ValueError: An argument is out of range.
     """
-    _require(count >= 0, "count", "be at least 0", count, "0 for none")
-    _require(seed >= 0, "seed", "be at least 0", seed, str(abs(seed)))
-    _require(split in ("train", "heldout"), "split", "be 'train' or 'heldout'", split, "'heldout'")
+    check_draw(count, seed=seed, split=split)
     rule = f"be from 1 to {MAX_DIGITS}"
-    _require(1 <= left_digits <= MAX_DIGITS, "left_digits", rule, left_digits, "3")
-    _require(1 <= right_digits <= MAX_DIGITS, "right_digits", rule, right_digits, "2")
-    rule = "be at least 2 where right_digits is 1 (81 problems are too few to hold any out)"
-    _require(left_digits + right_digits >= 3, "left_digits", rule, left_digits, "2")
+    require_shape(1 <= left_digits <= MAX_DIGITS, "left_digits", rule=rule, value=left_digits, remedy="3")
+    require_shape(1 <= right_digits <= MAX_DIGITS, "right_digits", rule=rule, value=right_digits, remedy="2")
     drawn = _draw_problems(random.Random(seed), split=split, left_digits=left_digits, right_digits=right_digits)
     return [next(drawn) for _ in range(count)]
 
@@ -91,9 +74,7 @@ def parse_answer(completion_text: str) -> str | None:
     Args:
         completion_text: What the model wrote, without the prompt. Text after `<eos>` is ignored.
     """
-    tokens = completion_text.split()
-    if EOS_TOKEN in tokens:
-        tokens = tokens[: tokens.index(EOS_TOKEN)]
+    tokens = tokens_before_eos(completion_text)
     if tokens.count(ANSWER_TOKEN) != 1:
         return None
     digits = tokens[tokens.index(ANSWER_TOKEN) + 1 :]
@@ -105,7 +86,7 @@ def vocabulary() -> list[str]:
     places = [f"@{row}{place}" for row in range(MAX_DIGITS) for place in range(MAX_DIGITS + 1)]
     sums = [f"+{place}" for place in range(2 * MAX_DIGITS)]
     carries = [f"^{carry}" for carry in range(MAX_CARRY + 1)]
-    return [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, ANSWER_TOKEN, TIMES_TOKEN, *_DIGITS, *places, *sums, *carries]
+    return [*COMMON_TOKENS, TIMES_TOKEN, *_DIGITS, *places, *sums, *carries]
 
 
 _DIGITS = tuple("0123456789")
@@ -113,7 +94,7 @@ _DIGITS = tuple("0123456789")
 
 def _draw_problems(
     rng: random.Random, *, split: Split, left_digits: int, right_digits: int
-) -> Iterator[MultiplicationProblem]:
+) -> Iterator[GeneratedProblem]:
     """Endless problems of one split: draws until the hash of the text falls into it."""
     while True:
         left, right = (rng.randrange(10 ** (digits - 1), 10**digits) for digits in (left_digits, right_digits))
@@ -121,13 +102,8 @@ def _draw_problems(
         if split_of(problem) != split:
             continue
         answer = " ".join(str(left * right).zfill(left_digits + right_digits))
-        yield MultiplicationProblem(
-            id=f"multiplication-{split}-{sha256(problem.encode()).hexdigest()[:16]}",
-            problem=problem,
-            answer=answer,
-            source=f"multiplication/{split}",
-            trace=" ".join((*_long_multiplication(left, right), ANSWER_TOKEN, answer, EOS_TOKEN)),
-        )
+        trace_text = " ".join((*_long_multiplication(left, right), ANSWER_TOKEN, answer, EOS_TOKEN))
+        yield named_problem("multiplication", problem=problem, answer=answer, trace=trace_text)
 
 
 def _long_multiplication(left: int, right: int) -> list[str]:
@@ -155,6 +131,4 @@ def _write_places(words: list[str], totals: Sequence[int], *, name: str) -> list
     return digits
 
 
-def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value!r}; use {remedy}")
+FAMILY = Family("multiplication", generate_problems, exact_reward(parse_answer), vocabulary)

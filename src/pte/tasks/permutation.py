@@ -20,38 +20,26 @@ prompt alone gives the answer only to who composes all generators at once.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
 
-from pte.tasks.chained import (
+from pte.learn.rewards import exact_reward
+from pte.tasks.generated import (
     ANSWER_TOKEN,
-    BOS_TOKEN,
+    COMMON_TOKENS,
     EOS_TOKEN,
-    PAD_TOKEN,
+    Family,
+    GeneratedProblem,
     Split,
+    check_draw,
+    named_problem,
+    require_shape,
     split_of,
+    tokens_before_eos,
 )
 
 DEGREE = 5
 GENERATORS = {"swap": (2, 1, 3, 4, 5), "turn": (2, 3, 4, 5, 1), "flip": (5, 4, 3, 2, 1)}
 """Images of 1 to 5 by name; the first two generate all 120 permutations."""
 MAX_STEPS = 63
-
-
-@dataclass(frozen=True)
-class PermutationProblem:
-    """One problem with the only right reasoning for it."""
-
-    id: str
-    """Names the problem by its content: equal ids, equal problems."""
-    problem: str
-    """The prompt, tokens separated by spaces, without `<bos>`."""
-    answer: str
-    """Images of 1 to 5 under the last permutation, for example "3 1 5 4 2"."""
-    source: str
-    """"permutation/train" or "permutation/heldout"."""
-    trace: str
-    """The right reasoning: two tokens a generator, five a reveal, `=>` before the last one, then `<eos>`."""
 
 
 def generate_problems(
@@ -62,7 +50,7 @@ def generate_problems(
     num_reveals: int = 4,
     steps_per_reveal: int = 6,
     num_generators: int = 2,
-) -> list[PermutationProblem]:
+) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
     A problem belongs to the split that `split_of` its text names, whatever the seed, so a held-out
@@ -79,16 +67,20 @@ def generate_problems(
     Raises:
         ValueError: An argument is out of range.
     """
-    _require(count >= 0, "count", "be at least 0", count, "0 for none")
-    _require(seed >= 0, "seed", "be at least 0", seed, str(abs(seed)))
-    _require(split in ("train", "heldout"), "split", "be 'train' or 'heldout'", split, "'heldout'")
+    check_draw(count, seed=seed, split=split)
     rule = f"be from 1 to {MAX_STEPS}"
-    _require(1 <= steps_per_reveal <= MAX_STEPS, "steps_per_reveal", rule, steps_per_reveal, "6")
+    require_shape(1 <= steps_per_reveal <= MAX_STEPS, "steps_per_reveal", rule=rule, value=steps_per_reveal, remedy="6")
     most = MAX_STEPS // steps_per_reveal
     rule = f"be from 1 to {most} (with {steps_per_reveal} steps_per_reveal, {MAX_STEPS} steps in all)"
-    _require(1 <= num_reveals <= most, "num_reveals", rule, num_reveals, f"{most} or fewer, or fewer steps_per_reveal")
+    require_shape(
+        1 <= num_reveals <= most,
+        "num_reveals",
+        rule=rule,
+        value=num_reveals,
+        remedy=f"{most} or fewer, or fewer steps_per_reveal",
+    )
     rule = f"be from 2 to {len(GENERATORS)}"
-    _require(2 <= num_generators <= len(GENERATORS), "num_generators", rule, num_generators, "2")
+    require_shape(2 <= num_generators <= len(GENERATORS), "num_generators", rule=rule, value=num_generators, remedy="2")
     drawn = _draw_problems(
         random.Random(seed),
         split=split,
@@ -108,9 +100,7 @@ def parse_answer(completion_text: str) -> str | None:
     Args:
         completion_text: What the model wrote, without the prompt. Text after `<eos>` is ignored.
     """
-    tokens = completion_text.split()
-    if EOS_TOKEN in tokens:
-        tokens = tokens[: tokens.index(EOS_TOKEN)]
+    tokens = tokens_before_eos(completion_text)
     if tokens.count(ANSWER_TOKEN) != 1 or tokens[-DEGREE - 1 : -DEGREE] != [ANSWER_TOKEN]:
         return None
     images = [_IMAGES.get(token) for token in tokens[-DEGREE:]]
@@ -124,7 +114,7 @@ def parse_answer(completion_text: str) -> str | None:
 def vocabulary() -> list[str]:
     """Every token of the task, in the order of its ids; independent of shape and split."""
     numbers = [mark + str(number) for mark in "#=" for number in range(1, MAX_STEPS + 1)]
-    return [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, ANSWER_TOKEN, *numbers, *GENERATORS, *_IMAGES]
+    return [*COMMON_TOKENS, *numbers, *GENERATORS, *_IMAGES]
 
 
 _POINTS = range(1, DEGREE + 1)
@@ -133,7 +123,7 @@ _IMAGES = {f"{point}>{value}": (point, value) for point in _POINTS for value in 
 
 def _draw_problems(
     rng: random.Random, *, split: Split, num_steps: int, steps_per_reveal: int, names: Sequence[str]
-) -> Iterator[PermutationProblem]:
+) -> Iterator[GeneratedProblem]:
     """Endless problems of one split: draws until the hash of the text falls into it."""
     while True:
         state = rng.sample(_POINTS, DEGREE)
@@ -152,19 +142,12 @@ def _draw_problems(
                 trace.append(ANSWER_TOKEN)
             if step % steps_per_reveal == 0:
                 trace.append(_written(state))
-        yield PermutationProblem(
-            id=f"permutation-{split}-{sha256(problem.encode()).hexdigest()[:16]}",
-            problem=problem,
-            answer=" ".join(map(str, state)),
-            source=f"permutation/{split}",
-            trace=" ".join((*trace, EOS_TOKEN)),
-        )
+        trace_text = " ".join((*trace, EOS_TOKEN))
+        yield named_problem("permutation", problem=problem, answer=" ".join(map(str, state)), trace=trace_text)
 
 
 def _written(state: Sequence[int]) -> str:
     return " ".join(f"{point}>{value}" for point, value in zip(_POINTS, state, strict=True))
 
 
-def _require(holds: bool, name: str, rule: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {rule}, got {value!r}; use {remedy}")
+FAMILY = Family("permutation", generate_problems, exact_reward(parse_answer), vocabulary)
