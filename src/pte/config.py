@@ -16,7 +16,7 @@ from pte.config_stages import DistillConfig, EvalConfig, RolloutConfig, TrainCon
 from pte.method.schedule import EvictionSchedule
 from pte.tasks.families import FAMILIES
 
-GeneratedKind = Literal["chained", "recall"]
+GeneratedKind = Literal["chained", "recall", "permutation", "multiplication"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 __all__ = [
@@ -166,9 +166,10 @@ class CacheConfig:
 class TaskConfig:
     """Problems with verifiable answers."""
 
-    kind: Literal["chained", "recall", "mixture", "jsonl"] = "chained"
-    """`chained`: generated chained assignments; `recall`: facts of the policy's own choice, asked for later; `mixture`:
-    several of these; `jsonl`: files with lines of id, problem, answer, source."""
+    kind: Literal["chained", "recall", "permutation", "multiplication", "mixture", "jsonl"] = "chained"
+    """`chained`: generated chained assignments; `recall`: facts of the policy's own choice, asked for later;
+    `permutation`: composition in S5, revealed now and then; `multiplication`: long, with written partial products;
+    `mixture`: several of these; `jsonl`: files with lines of id, problem, answer, source."""
     mixture: tuple[GeneratedKind, ...] = ()
     """Mixture: two or more kinds of generated problems, which take turns in training."""
     train_path: str | None = None
@@ -203,6 +204,16 @@ class TaskConfig:
     """Recall: keys to draw from; fewer than num_facts are written again with new values."""
     max_age: int | None = None
     """Recall: each query asks for one of the last max_age facts, in between; unset for all queries at the end."""
+    num_reveals: int = 4
+    """Permutation: how often the trace writes the running permutation, the answer included."""
+    steps_per_reveal: int = 6
+    """Permutation: generators between two reveals; the trace has two tokens for each, five for a reveal, plus two."""
+    num_generators: int = 2
+    """Permutation: generators to draw from, of swap, turn and flip."""
+    left_digits: int = 3
+    """Multiplication: digits of the first factor."""
+    right_digits: int = 2
+    """Multiplication: digits of the second factor; each gets a row of the trace."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -241,6 +252,10 @@ class TaskConfig:
         require_at_least(self.min_distance, "max_distance", value=self.max_distance, remedy="leave it out for no bound")
         for name, least in (("num_facts", 1), ("num_queries", 1), ("num_keys", 2), ("max_age", 1)):
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
+        for name, least in (("num_reveals", 1), ("steps_per_reveal", 1), ("num_generators", 2)):
+            require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
+        for name in ("left_digits", "right_digits"):
+            require_at_least(1, name, value=getattr(self, name), remedy="use 1 or more")
 
     @property
     def families(self) -> tuple[str, ...]:

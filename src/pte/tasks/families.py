@@ -5,10 +5,12 @@ A new family is one module with a `Family` in it and a line here; its shape's pa
 
 from collections.abc import Sequence
 
-from pte.tasks import chained, recall
+from pte.tasks import chained, multiplication, permutation, recall
 from pte.tasks.generated import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (chained.FAMILY, recall.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (chained.FAMILY, recall.FAMILY, permutation.FAMILY, multiplication.FAMILY)
+}
 
 
 def joint_vocabulary(families: Sequence[Family]) -> list[str]:
