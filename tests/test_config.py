@@ -52,6 +52,7 @@ policy = "sinks"
 window_tokens = 64
 evict_tokens = 16
 sink_tokens = 3
+recent_tokens = 5
 [rollout]
 temperature = 0.7
 max_new_tokens = 99
@@ -151,6 +152,15 @@ def write(directory: Path, text: str) -> Path:
         (
             lambda: CacheConfig(policy="sinks", window_tokens=512, sink_tokens=257),
             r"sink_tokens must leave room for a block: sink_tokens \+ evict_tokens \(256\) at most window_tokens "
+            r"\(512\), got 257; use at most 256",
+        ),
+        (
+            lambda: CacheConfig(recent_tokens=-1),
+            "recent_tokens must be at least 0, got -1; leave it out for the policy",
+        ),
+        (
+            lambda: CacheConfig(policy="h2o", window_tokens=512, recent_tokens=257),
+            r"recent_tokens must leave room for a block: recent_tokens \+ evict_tokens \(256\) at most window_tokens "
             r"\(512\), got 257; use at most 256",
         ),
         (lambda: RolloutConfig(temperature=0.0), r"temperature must be above 0, got 0.0; use 1.0 \(greedy rollouts"),

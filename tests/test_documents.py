@@ -101,7 +101,11 @@ def pairs(node: ast.Assign) -> list[tuple[str, ast.expr]]:
 
 
 # Read inside the configuration itself: the schedule and the eviction policy get them, under a property's name.
-READ_BY_A_PROPERTY = {("cache", "window_tokens"): "schedule", ("cache", "evict_tokens"): "schedule"}
+READ_BY_A_PROPERTY = {
+    ("cache", "window_tokens"): "schedule",
+    ("cache", "evict_tokens"): "schedule",
+    ("cache", "recent_tokens"): "protected_tokens",
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pte.method.adapter import ThoughtAdapter
+from pte.method.eviction.h2o import HeavyHitters
 from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.schedule import EvictionSchedule
 from pte.model.load import load_base, load_tokenizer
@@ -30,7 +32,11 @@ def problems_as_tokens(count: int, *, statements: int) -> tuple[list[tuple[int, 
     return prompts, [tuple(tokenizer(p.trace, add_special_tokens=False)["input_ids"]) for p in problems]
 
 
-@pytest.mark.parametrize("eviction", [None, UniformRandom(), AttentionSinks(4)], ids=["window", "random", "sinks"])
+@pytest.mark.parametrize(
+    "eviction",
+    [None, UniformRandom(), AttentionSinks(4), HeavyHitters(8), RedundantKeys(4)],
+    ids=["window", "random", "sinks", "h2o", "rkv"],
+)
 def test_a_trained_model_is_one_policy_in_rollout_and_replay(eviction: object) -> None:
     base, tokenizer = trained()
     adapter = ThoughtAdapter(layer_sizes(base), rank=8, global_tokens=4).double()

@@ -5,10 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte.method.eviction.policy import EvictionPolicy
+from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.policy import EvictionPolicy, KeptTokens
 from pte.method.eviction.random import UniformRandom, mix64
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
+
+POLICIES = [OldestFirst(), UniformRandom(), AttentionSinks(2), HeavyHitters(3), RedundantKeys(2)]
 
 
 def survivors(
@@ -26,15 +30,10 @@ def survivors(
     history = []
     entering = window
     for eviction in range(evictions):
-        chosen = policy.evicted_slots(
-            torch.tensor([slots]),
-            evict_tokens=block,
-            eviction_index=torch.tensor([eviction]),
-            stream_seeds=torch.tensor([seed]),
-        )[0].tolist()
+        kept = KeptTokens(torch.tensor([slots]), torch.tensor([eviction]), torch.tensor([seed]))
+        chosen = policy.evicted_slots(kept, evict_tokens=block)[0].tolist()
         assert len(set(chosen)) == block
-        kept = [token for place, token in enumerate(slots) if place not in chosen]
-        history.append(sorted(kept))
+        history.append(sorted(token for place, token in enumerate(slots) if place not in chosen))
         for place in chosen:
             slots[place] = entering
             entering += 1
@@ -61,9 +60,9 @@ def test_sinks_keep_exactly_the_first_and_the_newest_tokens(blocks: int, block: 
 def test_the_oldest_leave_first_and_in_order() -> None:
     # New tokens take the slots in this order, so that the ring stays a ring.
     indices = torch.tensor([[9, 4, 7, 5], [0, 1, 2, 3]])
-    arguments = {"eviction_index": torch.zeros(2, dtype=torch.int64), "stream_seeds": torch.zeros(2, dtype=torch.int64)}
-    assert OldestFirst().evicted_slots(indices, evict_tokens=2, **arguments).tolist() == [[1, 3], [0, 1]]
-    assert AttentionSinks(1).evicted_slots(indices, evict_tokens=2, **arguments).tolist() == [[1, 3], [1, 2]]
+    kept = KeptTokens(indices, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert OldestFirst().evicted_slots(kept, evict_tokens=2).tolist() == [[1, 3], [0, 1]]
+    assert AttentionSinks(1).evicted_slots(kept, evict_tokens=2).tolist() == [[1, 3], [1, 2]]
 
 
 def test_random_eviction_is_the_same_again_wherever_the_tokens_lie() -> None:
@@ -77,9 +76,12 @@ def test_random_eviction_is_the_same_again_wherever_the_tokens_lie() -> None:
 def test_random_choices_depend_on_tokens_and_not_on_where_they_lie() -> None:
     tokens = torch.arange(30, 42)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    arguments = {"evict_tokens": 4, "eviction_index": torch.tensor([7]), "stream_seeds": torch.tensor([11])}
-    straight = tokens[UniformRandom().evicted_slots(tokens[None], **arguments)[0]]
-    mixed = tokens[order][UniformRandom().evicted_slots(tokens[order][None], **arguments)[0]]
+
+    def chosen(tokens: torch.Tensor) -> torch.Tensor:
+        kept = KeptTokens(tokens[None], torch.tensor([7]), torch.tensor([11]))
+        return tokens[UniformRandom().evicted_slots(kept, evict_tokens=4)[0]]
+
+    straight, mixed = chosen(tokens), chosen(tokens[order])
     assert straight.tolist() == mixed.tolist()
 
 
@@ -87,20 +89,14 @@ def test_random_eviction_differs_between_streams_and_between_evictions() -> None
     streams = [tuple(survivors(UniformRandom(), window=16, block=8, evictions=1, seed=s)[0]) for s in range(60)]
     assert len(set(streams)) > 55
     # The same kept tokens at another eviction of the same stream: another draw.
-    tokens = torch.arange(16).expand(60, -1)
-    draws = UniformRandom().evicted_slots(
-        tokens, evict_tokens=8, eviction_index=torch.arange(60), stream_seeds=torch.full((60,), 3)
-    )
+    kept = KeptTokens(torch.arange(16).expand(60, -1), torch.arange(60), torch.full((60,), 3))
+    draws = UniformRandom().evicted_slots(kept, evict_tokens=8)
     assert len({tuple(sorted(row)) for row in draws.tolist()}) > 55
 
 
 def test_random_eviction_is_uniform_over_the_kept_tokens() -> None:
-    draws = UniformRandom().evicted_slots(
-        torch.arange(100, 116).expand(8000, -1),
-        evict_tokens=4,
-        eviction_index=torch.zeros(8000, dtype=torch.int64),
-        stream_seeds=torch.arange(8000),
-    )
+    kept = KeptTokens(torch.arange(100, 116).expand(8000, -1), torch.zeros(8000, dtype=torch.int64), torch.arange(8000))
+    draws = UniformRandom().evicted_slots(kept, evict_tokens=4)
     counts = torch.bincount(draws.flatten(), minlength=16).double()
     # Each of 16 slots leaves with probability 1/4: 2000 times, standard deviation 38.7.
     assert (counts - 2000).abs().max() < 4.5 * 38.7
@@ -134,30 +130,34 @@ def test_evictions_inside_a_stretch_never_touch_its_own_tokens(
     for _stretch in range(4):
         held_before = set(slots[0].tolist())
         for index in range(segments):
-            chosen = policy.evicted_slots(
-                slots,
-                evict_tokens=block,
-                eviction_index=torch.tensor([(start - window) // block]),
-                stream_seeds=torch.tensor([seed]),
-            )
+            kept = KeptTokens(slots, torch.tensor([(start - window) // block]), torch.tensor([seed]))
+            chosen = policy.evicted_slots(kept, evict_tokens=block)
             assert set(slots[0, chosen[0]].tolist()) <= held_before, f"eviction {index} of {segments}"
             slots = slots.scatter(1, chosen, torch.arange(start, start + block)[None])
             start += block
 
 
-@pytest.mark.parametrize("policy", [OldestFirst(), UniformRandom(), AttentionSinks(2)], ids=lambda p: p.name)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
 def test_one_sequence_of_a_batch_leaves_the_others_choices_alone(policy: EvictionPolicy) -> None:
     indices = torch.stack([torch.arange(8) + shift for shift in (0, 4, 40)])
-    seeds, evictions = torch.tensor([5, 6, 7]), torch.tensor([0, 1, 9])
-    together = policy.evicted_slots(indices, evict_tokens=4, eviction_index=evictions, stream_seeds=seeds)
+    kept = KeptTokens(
+        indices,
+        torch.tensor([0, 1, 9]),
+        torch.tensor([5, 6, 7]),
+        attention_received=torch.rand(3, 8, generator=torch.Generator().manual_seed(0)),
+        keys=torch.randn(2, 3, 2, 8, 4, generator=torch.Generator().manual_seed(1)),
+    )
+    together = policy.evicted_slots(kept, evict_tokens=4)
     for row in range(3):
-        alone = policy.evicted_slots(
-            indices[row : row + 1],
-            evict_tokens=4,
-            eviction_index=evictions[row : row + 1],
-            stream_seeds=seeds[row : row + 1],
+        one = slice(row, row + 1)
+        alone = KeptTokens(
+            kept.token_indices[one],
+            kept.eviction_index[one],
+            kept.stream_seeds[one],
+            attention_received=kept.attention_received[one],
+            keys=kept.keys[:, one],
         )
-        assert alone.tolist() == together[row : row + 1].tolist()
+        assert policy.evicted_slots(alone, evict_tokens=4).tolist() == together[one].tolist()
 
 
 def test_sinks_that_leave_no_room_for_a_block_are_refused() -> None:
