@@ -167,16 +167,19 @@ class Reference:
         kept = sorted(window[0])
         if self.followed is not None:
             return self.followed[evictions]
-        if policy.name in ("h2o", "rkv"):
-            scores = self.attention_totals(kept) if policy.name == "h2o" else self.joint_scores(kept, window, evictions)
+        if policy.name in ("h2o", "rkv", "tova"):
+            if policy.name == "rkv":
+                scores = self.joint_scores(kept, window, evictions)
+            else:
+                scores = self.attention_totals(kept, last_only=policy.name == "tova")
             candidates = kept[: len(kept) - policy.recent_tokens]
             return sorted(sorted(candidates, key=lambda n: (scores[n], n))[: schedule.evict_tokens])
         seen = KeptTokens(torch.tensor([kept]), torch.tensor([evictions]), torch.tensor([self.stream_seed]))
         return [kept[slot] for slot in policy.evicted_slots(seen, evict_tokens=schedule.evict_tokens)[0].tolist()]
 
-    def attention_totals(self, kept):
-        """H2O: all that a token received while it was kept."""
-        return {n: sum(probability for _, probability in self.received[n]) for n in kept}
+    def attention_totals(self, kept, last_only):
+        """H2O: all that a token received while it was kept; TOVA: what the last query gave it."""
+        return {n: sum(p for query, p in self.received[n] if query == kept[-1] or not last_only) for n in kept}
 
     def joint_scores(self, kept, window, evictions):
         """R-KV: 0.1 x share of attention since the last eviction - 0.9 x redundancy of the keys."""

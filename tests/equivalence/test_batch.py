@@ -9,11 +9,11 @@ from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate
 from pte.rollout.replay import Replay
-from sampled import SCORED, SETTINGS, requests_for, sample
+from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
-SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", *SCORED]
+SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", "h2o", "rkv"]
 
 
 class CountingEngine(RolloutEngine):

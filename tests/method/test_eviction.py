@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pte.method.eviction import rkv
 from pte.method.eviction.h2o import HeavyHitters
 from pte.method.eviction.policy import EvictionPolicy, KeptTokens
 from pte.method.eviction.random import UniformRandom, mix64
@@ -169,3 +170,81 @@ def test_sinks_that_leave_no_room_for_a_block_are_refused() -> None:
     AttentionSinks(4).check(8, 4)
     with pytest.raises(ValueError, match="sink_tokens must be at least 1, got 0; use policy 'window' for no sinks"):
         AttentionSinks(0)
+
+
+def seen_with(scores: list[list[float]], tokens: list[list[int]], keys: torch.Tensor | None = None) -> KeptTokens:
+    nothing = torch.zeros(len(tokens), dtype=torch.int64)
+    return KeptTokens(
+        torch.tensor(tokens), nothing, nothing, attention_received=torch.tensor(scores).double(), keys=keys
+    )
+
+
+def test_the_least_attended_tokens_leave_but_for_the_newest() -> None:
+    # Tokens 10 .. 15; 14 and 15 are protected although they received least.
+    tokens, received = [12, 10, 15, 11, 14, 13], [5.0, 9.0, 0.0, 1.0, 0.0, 2.0]
+    kept = seen_with([received], [tokens])
+    # Of 10: 9, 11: 1, 12: 5, 13: 2 the lowest are 11 and 13, in slots 3 and 5.
+    assert HeavyHitters(2).evicted_slots(kept, evict_tokens=2).tolist() == [[3, 5]]
+    assert HeavyHitters(0).evicted_slots(kept, evict_tokens=2).tolist() == [[4, 2]]
+
+
+@pytest.mark.parametrize("shuffle", range(5))
+def test_of_equal_scores_the_older_leave_first_wherever_they_lie(shuffle: int) -> None:
+    # 64 equal scores: an unstable sort, or topk, would pick any of them.
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(shuffle))
+    tokens = (100 + order).tolist()
+    chosen = HeavyHitters(8).evicted_slots(seen_with([[1.0] * 64], [tokens]), evict_tokens=16)
+    assert [tokens[slot] for slot in chosen[0].tolist()] == list(range(100, 116))
+    scores = [float(token % 2) for token in tokens]
+    chosen = HeavyHitters(8).evicted_slots(seen_with([scores], [tokens]), evict_tokens=16)
+    assert [tokens[slot] for slot in chosen[0].tolist()] == list(range(100, 132, 2))
+
+
+def test_a_token_whose_key_others_repeat_leaves_and_the_newest_of_its_kind_stays() -> None:
+    # Keys a, a, b, a, c in the plane of three axes: the two older copies of a repeat it, the newest copy does not.
+    axes = torch.eye(3, dtype=torch.float64)
+    keys = torch.stack([axes[0], 2 * axes[0], axes[1], 3 * axes[0], axes[2]])[None, None, None]
+    kept = seen_with([[1.0] * 5], [[0, 1, 2, 3, 4]], keys)
+    assert RedundantKeys(0).evicted_slots(kept, evict_tokens=2).tolist() == [[0, 1]]
+    # Row sums after taking out the newest similar one: token 0 counts once (of token 3), token 1 twice (0 and 3) less
+    # nothing, tokens 2, 3, 4 not at all: 3 is the newest like 0 and 1, and 1 the newest like 3.
+    redundancy = torch.tensor([1 / 5, 1 / 5, 0, 0, 0], dtype=torch.float64)
+    redundancy[0], redundancy[1] = 2 / 5, 1 / 5
+    expected = 0.1 * torch.full((5,), 0.2, dtype=torch.float64) - 0.9 * redundancy.softmax(0)
+    torch.testing.assert_close(RedundantKeys(0).scores(kept)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_attention_keeps_a_token_whose_key_is_repeated() -> None:
+    keys = torch.ones(1, 1, 1, 5, 3, dtype=torch.float64)
+    # Equal keys: every row takes out token 4 (the last row token 3), so 0, 1 and 2 are equally redundant, 4/5.
+    # Shares of attention 0.6 of token 1 save it: 0.1 x 0.5 is more than what redundancy differs by.
+    kept = seen_with([[1.0, 6.0, 1.0, 1.0, 1.0]], [[0, 1, 2, 3, 4]], keys)
+    assert RedundantKeys(0).evicted_slots(kept, evict_tokens=2).tolist() == [[0, 2]]
+
+
+def test_redundancy_is_that_of_each_sequence_and_of_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(3, 4, 2, 12, 5, generator=generator, dtype=torch.float64)
+    tokens = [torch.randperm(12, generator=generator).tolist() for _ in range(4)]
+    received = torch.rand(4, 12, generator=generator).tolist()
+    together = RedundantKeys(0).scores(seen_with(received, tokens, keys))
+    for row in range(4):
+        alone = RedundantKeys(0).scores(
+            seen_with(received[row : row + 1], tokens[row : row + 1], keys[:, row : row + 1])
+        )
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
+    for chunk in (1, 2 * 2 * 12 * 12):
+        monkeypatch.setattr(rkv, "SIMILARITIES_PER_CHUNK", chunk)
+        torch.testing.assert_close(RedundantKeys(0).scores(seen_with(received, tokens, keys)), together)
+
+
+@pytest.mark.parametrize("policy", [HeavyHitters, RedundantKeys])
+def test_protected_tokens_that_leave_no_room_for_a_block_are_refused(policy: type) -> None:
+    with pytest.raises(ValueError) as caught:
+        policy(5).check(8, 4)
+    assert str(caught.value) == (
+        "recent_tokens + evict_tokens must not exceed window_tokens (8), got 5 + 4; use recent_tokens of at most 4"
+    )
+    policy(4).check(8, 4)
+    with pytest.raises(ValueError, match="recent_tokens must be at least 0, got -1; use for example half the window"):
+        policy(-1)
