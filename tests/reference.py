@@ -3,11 +3,16 @@
 It shares nothing with the library but the parameters: its own rotary embedding, RMS norm, attention over a Python
 dict of kept tokens, DeltaW = A S B built as a matrix, states as a list. Gradients follow the named modes by
 detaching: `chain` detaches keys and values at the start of every stretch, `horizon` also cuts the chain of states.
+Scores of evicted tokens (H2O, R-KV) are Python sums over every probability that every head gave to every token.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from pte.method.eviction.policy import KeptTokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,7 +46,10 @@ def unit(state, rank):
 class Reference:
     """Teacher-forced log-probs of a completion under the bounded policy."""
 
-    def __init__(self, policy, *, gradient_mode="exact", horizon=None, temperature=1.0, stream_seed=0):
+    def __init__(self, policy, *, gradient_mode="exact", horizon=None, temperature=1.0, stream_seed=0, evicted=None):
+        self.followed = evicted  # reasoning tokens of each eviction, given instead of chosen
+        self.left = []  # and those that left
+        self.received = {}  # kept reasoning index -> list of (index of the query, probability), over layers and heads
         self.policy, self.base, self.adapter = policy, policy.base, policy.adapter
         self.config = policy.base.config
         self.mode, self.horizon, self.temperature, self.stream_seed = gradient_mode, horizon, temperature, stream_seed
@@ -163,16 +171,58 @@ class Reference:
             state = self.fold(state, index, block)
         return state
 
-    def evict(self, window, chain, blocks, evictions):
+    def choose(self, window, evictions):
+        """Reasoning tokens that leave."""
         schedule, policy = self.policy.schedule, self.policy.eviction
         kept = sorted(window[0])
-        slots = policy.evicted_slots(
-            torch.tensor([kept]),
-            evict_tokens=schedule.evict_tokens,
-            eviction_index=torch.tensor([evictions]),
-            stream_seeds=torch.tensor([self.stream_seed]),
-        )[0].tolist()
-        leaving = [kept[slot] for slot in slots]
+        if self.followed is not None:
+            return self.followed[evictions]
+        if policy.name in ("h2o", "rkv", "tova"):
+            if policy.name == "rkv":
+                scores = self.joint_scores(kept, window, evictions)
+            else:
+                scores = self.attention_totals(kept, last_only=policy.name == "tova")
+            candidates = kept[: len(kept) - policy.recent_tokens]
+            return sorted(sorted(candidates, key=lambda n: (scores[n], n))[: schedule.evict_tokens])
+        seen = KeptTokens(torch.tensor([kept]), torch.tensor([evictions]), torch.tensor([self.stream_seed]))
+        return [kept[slot] for slot in policy.evicted_slots(seen, evict_tokens=schedule.evict_tokens)[0].tolist()]
+
+    def attention_totals(self, kept, last_only):
+        """H2O: all that a token received while it was kept; TOVA: what the last query gave it."""
+        return {n: sum(p for query, p in self.received[n] if query == kept[-1] or not last_only) for n in kept}
+
+    def joint_scores(self, kept, window, evictions):
+        """R-KV: 0.1 x share of attention since the last eviction - 0.9 x redundancy of the keys."""
+        schedule = self.policy.schedule
+        # The eviction happens before token W + evictions * E; the one before it happened before token W + ... - E.
+        since = schedule.window_tokens + (evictions - 1) * schedule.evict_tokens if evictions else 0
+        recent = {n: sum(p for query, p in self.received[n] if query >= since) for n in kept}
+        total = sum(recent.values())
+        redundancy = dict.fromkeys(kept, 0.0)
+        heads = self.policy.cache_shape.kv_heads
+        for index in range(len(self.layers)):
+            for head in range(heads):
+                keys = {n: window[index][n][0].detach().view(heads, -1)[head] for n in kept}
+                similar = {}
+                for n in kept:
+                    for m in kept:
+                        cosine = keys[n] @ keys[m] / (keys[n] @ keys[n]).sqrt() / (keys[m] @ keys[m]).sqrt()
+                        similar[n, m] = 0.0 if n == m else float(cosine)
+                for n in kept:  # the newest of the tokens that are like n is not redundant because of n
+                    like = [m for m in kept if similar[n, m] > 0.5]
+                    if like:
+                        similar[n, like[-1]] = 0.0
+                means = {m: sum(similar[n, m] for n in kept) / len(kept) for m in kept}
+                norm = sum(math.exp(mean) for mean in means.values())
+                for m in kept:
+                    redundancy[m] += math.exp(means[m]) / norm / (heads * len(self.layers))
+        return {n: 0.1 * recent[n] / total - 0.9 * redundancy[n] for n in kept}
+
+    def evict(self, window, chain, blocks, evictions):
+        leaving = self.choose(window, evictions)
+        self.left.append(leaving)
+        for n in leaving:
+            del self.received[n]
         for index in range(len(self.layers)):
             block = []
             for n in leaving:
@@ -203,7 +253,10 @@ class Reference:
         heads = []
         for head in range(query.shape[0]):
             scores = keys[:, head // group] @ query[head] / attention.head_dim**0.5
-            heads.append(torch.softmax(scores, 0) @ values[:, head // group])
+            probabilities = torch.softmax(scores, 0)
+            heads.append(probabilities @ values[:, head // group])
+            for n, probability in zip(window, probabilities[len(prompt_cache) :].tolist(), strict=True):
+                self.received.setdefault(n, []).append((token_index, probability))
         hidden = hidden + self.apply(index, "o_proj", torch.cat(heads), read)
         norm = layer.post_attention_layernorm
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from pte.method.eviction.h2o import HeavyHitters
 from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
@@ -29,11 +31,18 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sinks": {"eviction": AttentionSinks(3)},
     "sinks, two blocks a stretch": {"window": 6, "block": 2, "eviction": AttentionSinks(1)},
     "sinks that leave one block": {"eviction": AttentionSinks(4), "update_rule": "paper"},
+    "h2o": {"eviction": HeavyHitters(4), "block": 2},
+    "h2o, nothing protected, paper rule": {"eviction": HeavyHitters(0), "block": 2, "update_rule": "paper"},
+    "h2o, lora": {"eviction": HeavyHitters(2), "kind": "lora"},
+    "rkv": {"eviction": RedundantKeys(2)},
+    "rkv, no adapter": {"eviction": RedundantKeys(2), "block": 2, "kind": None},
     "block as large as the window": {"window": 8, "block": 8},
     "blocks of one token": {"window": 4, "block": 1},
     "window of one token": {"window": 1, "block": 1},
     "full cache": {"window": None},
 }
+# Those whose choice depends on what the model computed, so that rollouts record it.
+SCORED = [name for name in SETTINGS if name.startswith(("h2o", "rkv"))]
 
 
 def requests_for(prompts: Sequence[tuple[int, ...]], *, first_seed: int = 100) -> list[RolloutRequest]:

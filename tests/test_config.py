@@ -30,6 +30,7 @@ from pte.config import (
 from pte.config_file import SECTIONS, flags_from_file, load_experiment, read_experiment_file, refuse_flags
 from pte.config_rules import describe, fitting_value
 from pte.method.adapter import LINEAR_MAPS
+from pte.session import eviction_policy
 
 EVERY_FIELD = """
 [model]
@@ -52,6 +53,7 @@ policy = "sinks"
 window_tokens = 64
 evict_tokens = 16
 sink_tokens = 3
+recent_tokens = 5
 [rollout]
 temperature = 0.7
 max_new_tokens = 99
@@ -156,6 +158,15 @@ def write(directory: Path, text: str) -> Path:
         (
             lambda: CacheConfig(policy="sinks", window_tokens=512, sink_tokens=257),
             r"sink_tokens must leave room for a block: sink_tokens \+ evict_tokens \(256\) at most window_tokens "
+            r"\(512\), got 257; use at most 256",
+        ),
+        (
+            lambda: CacheConfig(recent_tokens=-1),
+            "recent_tokens must be at least 0, got -1; leave it out for the policy",
+        ),
+        (
+            lambda: CacheConfig(policy="h2o", window_tokens=512, recent_tokens=257),
+            r"recent_tokens must leave room for a block: recent_tokens \+ evict_tokens \(256\) at most window_tokens "
             r"\(512\), got 257; use at most 256",
         ),
         (lambda: RolloutConfig(temperature=0.0), r"temperature must be above 0, got 0.0; use 1.0 \(greedy rollouts"),
@@ -440,3 +451,22 @@ def test_reading_a_configuration_loads_neither_torch_nor_transformers() -> None:
 def test_every_shipped_experiment_loads() -> None:
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.toml")):
         assert tyro.cli(ExperimentConfig, args=flags_from_file(path)) == load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "protected"),
+    [
+        ({"policy": "h2o"}, 512),
+        ({"policy": "rkv"}, 256),
+        ({"policy": "h2o", "window_tokens": 256, "evict_tokens": 256}, 0),
+        ({"policy": "rkv", "window_tokens": 256, "evict_tokens": 256}, 0),
+        ({"policy": "h2o", "recent_tokens": 7}, 7),
+        ({"policy": "rkv", "recent_tokens": 0}, 0),
+    ],
+)
+def test_half_of_the_budget_is_recent_with_h2o_and_a_block_with_rkv(options: dict[str, object], protected: int) -> None:
+    config = CacheConfig(**options)
+    assert config.protected_tokens == protected
+    policy = eviction_policy(config)
+    assert (policy.name, policy.recent_tokens) == (config.policy, protected)
+    policy.check(config.window_tokens, config.evict_tokens)

@@ -105,6 +105,7 @@ def pairs(node: ast.Assign) -> list[tuple[str, ast.expr]]:
 READ_BY_A_PROPERTY = {
     ("cache", "window_tokens"): "schedule",
     ("cache", "evict_tokens"): "schedule",
+    ("cache", "recent_tokens"): "protected_tokens",
     ("task", "mixture"): "families",
 }
 

@@ -112,3 +112,18 @@ def test_what_a_run_refuses_a_dry_run_refuses_too() -> None:
         dry_run(short_config(rollout__max_new_tokens=4000))
     with pytest.raises(ValueError, match="adapter.kind must be trainable"):
         dry_run(short_config(adapter__kind="none"))
+
+
+@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+def test_the_worst_case_of_a_warm_start_chooses_what_leaves(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = []
+    forward = Replay.forward
+
+    def watched(self: Replay, batch):
+        records.append(batch.evicted_tokens is not None)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Replay, "forward", watched)
+    report = dry_run(short_config(cache__policy=policy))
+    # Traces have no record, GRPO's rollouts have one.
+    assert records == [False, True] and "grpo: one update" in report

@@ -40,6 +40,7 @@ def test_the_record_holds_the_resolved_configuration_commit_versions_and_hardwar
         "window_tokens": 24,
         "evict_tokens": 6,
         "sink_tokens": 4,
+        "recent_tokens": None,
     }
     assert set(record["config"]) == {
         "model", "adapter", "cache", "rollout", "task", "distill", "train", "eval", "run",

@@ -132,14 +132,18 @@ class AdapterConfig:
 class CacheConfig:
     """The budget of the KV cache. It counts reasoning tokens; the prompt comes on top and is never evicted."""
 
-    policy: Literal["window", "random", "sinks", "none"] = "window"
-    """Which tokens leave: the oldest, random ones, the oldest but the first few, or none (the full cache)."""
+    policy: Literal["window", "random", "sinks", "h2o", "rkv", "none"] = "window"
+    """Which tokens leave: the oldest, random ones, the oldest but the first few, the least attended (`h2o`), those
+    whose keys repeat others and are hardly attended (`rkv`), or none (the full cache)."""
     window_tokens: int = 1024
     """Reasoning tokens kept at most, a multiple of evict_tokens; unused with policy `none`."""
     evict_tokens: int = 256
     """Reasoning tokens evicted at once. The paper evicts 25 % of the window."""
     sink_tokens: int = 4
     """First reasoning tokens that never leave; read with policy `sinks` only."""
+    recent_tokens: int | None = None
+    """Newest reasoning tokens that do not leave; read with policies `h2o` and `rkv` only. Unset: half the window with
+    `h2o`, one block with `rkv`, and never more than leave room for a block."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -153,6 +157,23 @@ class CacheConfig:
             value=self.sink_tokens,
             remedy=f"use at most {self.window_tokens - self.evict_tokens}, or a larger window",
         )
+        require_at_least(0, "recent_tokens", value=self.recent_tokens, remedy="leave it out for the policy's default")
+        require(
+            self.policy not in ("h2o", "rkv") or self.protected_tokens + self.evict_tokens <= self.window_tokens,
+            "recent_tokens",
+            rule=f"leave room for a block: recent_tokens + evict_tokens ({self.evict_tokens}) at most window_tokens "
+            f"({self.window_tokens})",
+            value=self.recent_tokens,
+            remedy=f"use at most {self.window_tokens - self.evict_tokens}, or a larger window",
+        )
+
+    @property
+    def protected_tokens(self) -> int:
+        """`recent_tokens`, or the default of the policy."""
+        if self.recent_tokens is not None:
+            return self.recent_tokens
+        default = self.window_tokens // 2 if self.policy == "h2o" else self.evict_tokens
+        return min(default, self.window_tokens - self.evict_tokens)
 
     @property
     def schedule(self) -> EvictionSchedule:

@@ -6,6 +6,7 @@ Decides: what the worst case is, and what to lower when it does not fit. Nothing
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,6 +102,8 @@ def one_update(stage: object, rollouts: list[Rollout]) -> None:
     assert isinstance(stage, DistillStage | GrpoStage)
     chosen = [rollouts[index % len(rollouts)] for index in range(stage.micro_batch_size)]
     batch = collate_rollouts(chosen, device=stage.replay.policy.device)
+    if isinstance(stage, DistillStage):
+        batch = replace(batch, evicted_tokens=None)  # what it imitates has no record: the replay chooses
     output = stage.replay(batch)
     if isinstance(stage, GrpoStage) and stage.reference is not None:
         with torch.no_grad():

@@ -18,7 +18,9 @@ from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprin
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.method.adapter import ThoughtAdapter
+from pte.method.eviction.h2o import HeavyHitters
 from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
@@ -201,6 +203,10 @@ def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
         return UniformRandom()
     if cache.policy == "sinks":
         return AttentionSinks(cache.sink_tokens)
+    if cache.policy == "h2o":
+        return HeavyHitters(cache.protected_tokens)
+    if cache.policy == "rkv":
+        return RedundantKeys(cache.protected_tokens)
     return OldestFirst()
 
 

@@ -13,7 +13,7 @@ from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
-SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache"]
+SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", "h2o", "rkv"]
 
 
 class CountingEngine(RolloutEngine):
@@ -39,6 +39,9 @@ def assert_same(ours: list[Rollout], theirs: list[Rollout]) -> None:
         assert mine.prompt_ids == other.prompt_ids and mine.stream_seed == other.stream_seed
         assert mine.finish_reason == other.finish_reason and mine.evictions == other.evictions
         torch.testing.assert_close(mine.rollout_logprobs, other.rollout_logprobs, rtol=0, atol=1e-9)
+        assert (mine.evicted_tokens is None) == (other.evicted_tokens is None)
+        if mine.evicted_tokens is not None:
+            assert mine.evicted_tokens.tolist() == other.evicted_tokens.tolist()
         assert mine.state_norm == pytest.approx(other.state_norm, rel=1e-5)
 
 
@@ -84,7 +87,7 @@ def test_a_stream_decides_a_sequence_s_tokens_and_nothing_else_s() -> None:
     assert rollouts[0].completion_ids != rollouts[1].completion_ids
 
 
-@pytest.mark.parametrize("setting", ["thought", "random eviction", "no adapter"])
+@pytest.mark.parametrize("setting", ["thought", "random eviction", "no adapter", "h2o", "rkv"])
 def test_replayed_logprobs_do_not_depend_on_batch_mates(setting: str) -> None:
     policy = tiny_policy("mistral", **SETTINGS[setting])
     completions = random_sequences(7, completion=(1, 30), seed=4)[1]
@@ -101,7 +104,16 @@ def test_replayed_logprobs_do_not_depend_on_batch_mates(setting: str) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "setting"),
-    [("chain", "thought"), ("chain", "paper rule"), ("chain", "sinks"), ("horizon", "thought"), ("exact", "thought")],
+    [
+        ("chain", "thought"),
+        ("chain", "paper rule"),
+        ("chain", "sinks"),
+        ("horizon", "thought"),
+        ("exact", "thought"),
+        ("chain", "h2o"),
+        ("horizon", "h2o"),
+        ("exact", "rkv"),
+    ],
 )
 def test_gradients_of_a_batch_are_the_sum_of_its_singles(mode: str, setting: str) -> None:
     policy = tiny_policy("qwen2", **SETTINGS[setting])

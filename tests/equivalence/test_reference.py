@@ -11,7 +11,7 @@ from pte.model.policy import BoundedPolicy
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
 from reference import Reference
-from sampled import SETTINGS, requests_for, sample
+from sampled import SCORED, SETTINGS, requests_for, sample
 from tiny import ARCHITECTURES, VOCAB, tiny_base, tiny_policy
 
 # Window 8 in blocks of 4: one token, two, W + 1 (nothing evicted yet), W + 2 (the first eviction), three evictions.
@@ -70,7 +70,7 @@ def test_replay_is_the_reference_for_every_setting(setting: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [("horizon", 1), ("exact", None)], ids=lambda m: m[0])
-@pytest.mark.parametrize("setting", ["paper rule", "global_only", "lora", "random eviction", "sinks"])
+@pytest.mark.parametrize("setting", ["paper rule", "global_only", "lora", "random eviction", "sinks", "h2o", "rkv"])
 def test_settings_are_the_reference_in_every_mode(setting: str, mode: tuple[str, int | None]) -> None:
     check_against_reference(tiny_policy("qwen2", **SETTINGS[setting]), *mode)
 
@@ -94,7 +94,10 @@ def test_other_head_groups_are_the_reference_too(heads: tuple[int, int]) -> None
     check_against_reference(tiny_policy(base=base), "chain")
 
 
-@pytest.mark.parametrize("setting", ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks"])
+RECORDED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", *SCORED]
+
+
+@pytest.mark.parametrize("setting", RECORDED)
 def test_a_rollout_records_the_reference_s_logprobs(setting: str) -> None:
     policy = tiny_policy("qwen3", **SETTINGS[setting])
     prompts = [(5, 6, 7, 8, 9, 10), (11,), (12, 13, 14), (15, 16)]
@@ -102,10 +105,11 @@ def test_a_rollout_records_the_reference_s_logprobs(setting: str) -> None:
     assert max(rollout.evictions for rollout in rollouts) >= 3
     with torch.no_grad():
         for rollout in rollouts:
-            theirs = Reference(policy, temperature=1.3, stream_seed=rollout.stream_seed).logprobs(
-                rollout.prompt_ids, rollout.completion_ids
-            )
+            reference = Reference(policy, temperature=1.3, stream_seed=rollout.stream_seed)
+            theirs = reference.logprobs(rollout.prompt_ids, rollout.completion_ids)
             torch.testing.assert_close(rollout.rollout_logprobs, theirs, rtol=0, atol=1e-5)
+            if rollout.evicted_tokens is not None:
+                assert rollout.evicted_tokens.tolist() == reference.left
 
 
 def test_gradient_modes_differ_where_they_should() -> None:

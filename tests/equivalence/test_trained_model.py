@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from pte.method.adapter import ThoughtAdapter
+from pte.method.eviction.h2o import HeavyHitters
 from pte.method.eviction.random import UniformRandom
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.schedule import EvictionSchedule
 from pte.model.load import load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, layer_sizes
-from pte.rollout.record import collate
+from pte.rollout.record import Rollout, collate
 from pte.rollout.replay import Replay
 from pte.tasks.chained import embedded_model_dir, generate_problems
+from reference import Reference
 from sampled import gap, requests_for, sample
 
 
@@ -30,7 +33,11 @@ def problems_as_tokens(count: int, *, statements: int) -> tuple[list[tuple[int, 
     return prompts, [tuple(tokenizer(p.trace, add_special_tokens=False)["input_ids"]) for p in problems]
 
 
-@pytest.mark.parametrize("eviction", [None, UniformRandom(), AttentionSinks(4)], ids=["window", "random", "sinks"])
+@pytest.mark.parametrize(
+    "eviction",
+    [None, UniformRandom(), AttentionSinks(4), HeavyHitters(8), RedundantKeys(4)],
+    ids=["window", "random", "sinks", "h2o", "rkv"],
+)
 def test_a_trained_model_is_one_policy_in_rollout_and_replay(eviction: object) -> None:
     base, tokenizer = trained()
     adapter = ThoughtAdapter(layer_sizes(base), rank=8, global_tokens=4).double()
@@ -49,8 +56,22 @@ def test_a_trained_model_is_one_policy_in_rollout_and_replay(eviction: object) -
         assert max(rollout.evictions for rollout in rollouts) >= 5
         # In float32 the sharp logits of a trained model alone round to 2e-5.
         assert gap(policy, rollouts) < 1e-10
+        if eviction is not None and eviction.needs.anything:
+            check_record(policy, rollouts[:2])
     finally:
         detach_adapter(base)
+
+
+def check_record(policy: BoundedPolicy, rollouts: list[Rollout]) -> None:
+    """The tokens that left are those of the slow reference, and not merely the oldest."""
+    for rollout in rollouts:
+        reference = Reference(policy, temperature=1.2)
+        with torch.no_grad():
+            theirs = reference.logprobs(rollout.prompt_ids, rollout.completion_ids)
+        assert rollout.evicted_tokens.tolist() == reference.left
+        assert sorted(rollout.evicted_tokens.flatten().tolist()) != list(range(rollout.evicted_tokens.numel()))
+        # The reference's norms and angles are float64, and this model's logits are sharp.
+        torch.testing.assert_close(rollout.rollout_logprobs, theirs, rtol=0, atol=1e-3)
 
 
 def test_a_trained_model_knows_its_trace_with_the_full_cache_and_loses_it_under_the_window() -> None:

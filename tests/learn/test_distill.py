@@ -53,6 +53,22 @@ def test_imitating_traces_brings_their_loss_down() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+@pytest.mark.parametrize("source", ["traces", "teacher"])
+def test_a_warm_start_under_a_policy_that_looks_at_attention_needs_no_record(policy: str, source: str) -> None:
+    stage, session = stage_of(cache__policy=policy, distill__source=source)
+    before = parameters(session)
+    examples = stage.examples(0)
+    stage.examples = lambda index: examples
+    batch = collate(*zip(*examples[0], strict=True), stream_seeds=range(4), temperature=1.0)
+    with torch.no_grad():
+        expected = Replay(session.policy)(batch).policy_logprobs.sum().item()
+    metrics = stage.step(0).metrics
+    assert metrics["evictions"] >= 5
+    assert metrics["loss"] == pytest.approx(-expected / sum(len(completion) for _, completion in examples[0]), rel=1e-9)
+    assert not equal(before, parameters(session))
+
+
 def test_a_fresh_adapter_under_a_full_cache_is_its_teacher() -> None:
     stage, session = stage_of(distill__source="teacher", cache__policy="none")
     adapter = session.policy.adapter

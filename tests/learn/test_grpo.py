@@ -51,6 +51,18 @@ def test_rollout_and_replay_are_one_policy_at_every_step(temperature: float) -> 
         assert not equal(before, parameters(session)), "the next step must show the gap of another policy"
 
 
+@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+@pytest.mark.parametrize("reference", ["full", "bounded"])
+def test_under_a_policy_that_looks_at_attention_the_gap_is_none(policy: str, reference: str) -> None:
+    options = {"train__kl_beta": 0.1, "train__reference": reference, "train__learning_rate": 3e-3}
+    stage, session = stage_of(**LONGER, cache__policy=policy, **options)
+    for index in range(2):
+        before = parameters(session)
+        metrics = stage.step(index).metrics
+        assert metrics["evictions"] >= 7 and metrics["logprob_gap_max"] < 1e-10
+        assert metrics["kl"] > 0 and not equal(before, parameters(session))
+
+
 def test_in_float32_the_gap_of_a_trained_model_is_rounding_alone() -> None:
     """Off its own traces the reasoner turns rounding into some 1e-5 nats: rollout and replay are each 2e-5 off."""
     stage, _ = stage_of(**LONGER, rollout__temperature=1.0, double=False)

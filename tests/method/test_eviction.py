@@ -5,10 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte.method.eviction.policy import EvictionPolicy
+from pte.method.eviction import rkv
+from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.policy import EvictionPolicy, KeptTokens
 from pte.method.eviction.random import UniformRandom, mix64
+from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
+
+POLICIES = [OldestFirst(), UniformRandom(), AttentionSinks(2), HeavyHitters(3), RedundantKeys(2)]
 
 
 def survivors(
@@ -26,15 +31,10 @@ def survivors(
     history = []
     entering = window
     for eviction in range(evictions):
-        chosen = policy.evicted_slots(
-            torch.tensor([slots]),
-            evict_tokens=block,
-            eviction_index=torch.tensor([eviction]),
-            stream_seeds=torch.tensor([seed]),
-        )[0].tolist()
+        kept = KeptTokens(torch.tensor([slots]), torch.tensor([eviction]), torch.tensor([seed]))
+        chosen = policy.evicted_slots(kept, evict_tokens=block)[0].tolist()
         assert len(set(chosen)) == block
-        kept = [token for place, token in enumerate(slots) if place not in chosen]
-        history.append(sorted(kept))
+        history.append(sorted(token for place, token in enumerate(slots) if place not in chosen))
         for place in chosen:
             slots[place] = entering
             entering += 1
@@ -61,9 +61,9 @@ def test_sinks_keep_exactly_the_first_and_the_newest_tokens(blocks: int, block: 
 def test_the_oldest_leave_first_and_in_order() -> None:
     # New tokens take the slots in this order, so that the ring stays a ring.
     indices = torch.tensor([[9, 4, 7, 5], [0, 1, 2, 3]])
-    arguments = {"eviction_index": torch.zeros(2, dtype=torch.int64), "stream_seeds": torch.zeros(2, dtype=torch.int64)}
-    assert OldestFirst().evicted_slots(indices, evict_tokens=2, **arguments).tolist() == [[1, 3], [0, 1]]
-    assert AttentionSinks(1).evicted_slots(indices, evict_tokens=2, **arguments).tolist() == [[1, 3], [1, 2]]
+    kept = KeptTokens(indices, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert OldestFirst().evicted_slots(kept, evict_tokens=2).tolist() == [[1, 3], [0, 1]]
+    assert AttentionSinks(1).evicted_slots(kept, evict_tokens=2).tolist() == [[1, 3], [1, 2]]
 
 
 def test_random_eviction_is_the_same_again_wherever_the_tokens_lie() -> None:
@@ -77,9 +77,12 @@ def test_random_eviction_is_the_same_again_wherever_the_tokens_lie() -> None:
 def test_random_choices_depend_on_tokens_and_not_on_where_they_lie() -> None:
     tokens = torch.arange(30, 42)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    arguments = {"evict_tokens": 4, "eviction_index": torch.tensor([7]), "stream_seeds": torch.tensor([11])}
-    straight = tokens[UniformRandom().evicted_slots(tokens[None], **arguments)[0]]
-    mixed = tokens[order][UniformRandom().evicted_slots(tokens[order][None], **arguments)[0]]
+
+    def chosen(tokens: torch.Tensor) -> torch.Tensor:
+        kept = KeptTokens(tokens[None], torch.tensor([7]), torch.tensor([11]))
+        return tokens[UniformRandom().evicted_slots(kept, evict_tokens=4)[0]]
+
+    straight, mixed = chosen(tokens), chosen(tokens[order])
     assert straight.tolist() == mixed.tolist()
 
 
@@ -87,20 +90,14 @@ def test_random_eviction_differs_between_streams_and_between_evictions() -> None
     streams = [tuple(survivors(UniformRandom(), window=16, block=8, evictions=1, seed=s)[0]) for s in range(60)]
     assert len(set(streams)) > 55
     # The same kept tokens at another eviction of the same stream: another draw.
-    tokens = torch.arange(16).expand(60, -1)
-    draws = UniformRandom().evicted_slots(
-        tokens, evict_tokens=8, eviction_index=torch.arange(60), stream_seeds=torch.full((60,), 3)
-    )
+    kept = KeptTokens(torch.arange(16).expand(60, -1), torch.arange(60), torch.full((60,), 3))
+    draws = UniformRandom().evicted_slots(kept, evict_tokens=8)
     assert len({tuple(sorted(row)) for row in draws.tolist()}) > 55
 
 
 def test_random_eviction_is_uniform_over_the_kept_tokens() -> None:
-    draws = UniformRandom().evicted_slots(
-        torch.arange(100, 116).expand(8000, -1),
-        evict_tokens=4,
-        eviction_index=torch.zeros(8000, dtype=torch.int64),
-        stream_seeds=torch.arange(8000),
-    )
+    kept = KeptTokens(torch.arange(100, 116).expand(8000, -1), torch.zeros(8000, dtype=torch.int64), torch.arange(8000))
+    draws = UniformRandom().evicted_slots(kept, evict_tokens=4)
     counts = torch.bincount(draws.flatten(), minlength=16).double()
     # Each of 16 slots leaves with probability 1/4: 2000 times, standard deviation 38.7.
     assert (counts - 2000).abs().max() < 4.5 * 38.7
@@ -134,30 +131,34 @@ def test_evictions_inside_a_stretch_never_touch_its_own_tokens(
     for _stretch in range(4):
         held_before = set(slots[0].tolist())
         for index in range(segments):
-            chosen = policy.evicted_slots(
-                slots,
-                evict_tokens=block,
-                eviction_index=torch.tensor([(start - window) // block]),
-                stream_seeds=torch.tensor([seed]),
-            )
+            kept = KeptTokens(slots, torch.tensor([(start - window) // block]), torch.tensor([seed]))
+            chosen = policy.evicted_slots(kept, evict_tokens=block)
             assert set(slots[0, chosen[0]].tolist()) <= held_before, f"eviction {index} of {segments}"
             slots = slots.scatter(1, chosen, torch.arange(start, start + block)[None])
             start += block
 
 
-@pytest.mark.parametrize("policy", [OldestFirst(), UniformRandom(), AttentionSinks(2)], ids=lambda p: p.name)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
 def test_one_sequence_of_a_batch_leaves_the_others_choices_alone(policy: EvictionPolicy) -> None:
     indices = torch.stack([torch.arange(8) + shift for shift in (0, 4, 40)])
-    seeds, evictions = torch.tensor([5, 6, 7]), torch.tensor([0, 1, 9])
-    together = policy.evicted_slots(indices, evict_tokens=4, eviction_index=evictions, stream_seeds=seeds)
+    kept = KeptTokens(
+        indices,
+        torch.tensor([0, 1, 9]),
+        torch.tensor([5, 6, 7]),
+        attention_received=torch.rand(3, 8, generator=torch.Generator().manual_seed(0)),
+        keys=torch.randn(2, 3, 2, 8, 4, generator=torch.Generator().manual_seed(1)),
+    )
+    together = policy.evicted_slots(kept, evict_tokens=4)
     for row in range(3):
-        alone = policy.evicted_slots(
-            indices[row : row + 1],
-            evict_tokens=4,
-            eviction_index=evictions[row : row + 1],
-            stream_seeds=seeds[row : row + 1],
+        one = slice(row, row + 1)
+        alone = KeptTokens(
+            kept.token_indices[one],
+            kept.eviction_index[one],
+            kept.stream_seeds[one],
+            attention_received=kept.attention_received[one],
+            keys=kept.keys[:, one],
         )
-        assert alone.tolist() == together[row : row + 1].tolist()
+        assert policy.evicted_slots(alone, evict_tokens=4).tolist() == together[one].tolist()
 
 
 def test_sinks_that_leave_no_room_for_a_block_are_refused() -> None:
@@ -169,3 +170,81 @@ def test_sinks_that_leave_no_room_for_a_block_are_refused() -> None:
     AttentionSinks(4).check(8, 4)
     with pytest.raises(ValueError, match="sink_tokens must be at least 1, got 0; use policy 'window' for no sinks"):
         AttentionSinks(0)
+
+
+def seen_with(scores: list[list[float]], tokens: list[list[int]], keys: torch.Tensor | None = None) -> KeptTokens:
+    nothing = torch.zeros(len(tokens), dtype=torch.int64)
+    return KeptTokens(
+        torch.tensor(tokens), nothing, nothing, attention_received=torch.tensor(scores).double(), keys=keys
+    )
+
+
+def test_the_least_attended_tokens_leave_but_for_the_newest() -> None:
+    # Tokens 10 .. 15; 14 and 15 are protected although they received least.
+    tokens, received = [12, 10, 15, 11, 14, 13], [5.0, 9.0, 0.0, 1.0, 0.0, 2.0]
+    kept = seen_with([received], [tokens])
+    # Of 10: 9, 11: 1, 12: 5, 13: 2 the lowest are 11 and 13, in slots 3 and 5.
+    assert HeavyHitters(2).evicted_slots(kept, evict_tokens=2).tolist() == [[3, 5]]
+    assert HeavyHitters(0).evicted_slots(kept, evict_tokens=2).tolist() == [[4, 2]]
+
+
+@pytest.mark.parametrize("shuffle", range(5))
+def test_of_equal_scores_the_older_leave_first_wherever_they_lie(shuffle: int) -> None:
+    # 64 equal scores: an unstable sort, or topk, would pick any of them.
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(shuffle))
+    tokens = (100 + order).tolist()
+    chosen = HeavyHitters(8).evicted_slots(seen_with([[1.0] * 64], [tokens]), evict_tokens=16)
+    assert [tokens[slot] for slot in chosen[0].tolist()] == list(range(100, 116))
+    scores = [float(token % 2) for token in tokens]
+    chosen = HeavyHitters(8).evicted_slots(seen_with([scores], [tokens]), evict_tokens=16)
+    assert [tokens[slot] for slot in chosen[0].tolist()] == list(range(100, 132, 2))
+
+
+def test_a_token_whose_key_others_repeat_leaves_and_the_newest_of_its_kind_stays() -> None:
+    # Keys a, a, b, a, c in the plane of three axes: the two older copies of a repeat it, the newest copy does not.
+    axes = torch.eye(3, dtype=torch.float64)
+    keys = torch.stack([axes[0], 2 * axes[0], axes[1], 3 * axes[0], axes[2]])[None, None, None]
+    kept = seen_with([[1.0] * 5], [[0, 1, 2, 3, 4]], keys)
+    assert RedundantKeys(0).evicted_slots(kept, evict_tokens=2).tolist() == [[0, 1]]
+    # Row sums after taking out the newest similar one: token 0 counts once (of token 3), token 1 twice (0 and 3) less
+    # nothing, tokens 2, 3, 4 not at all: 3 is the newest like 0 and 1, and 1 the newest like 3.
+    redundancy = torch.tensor([1 / 5, 1 / 5, 0, 0, 0], dtype=torch.float64)
+    redundancy[0], redundancy[1] = 2 / 5, 1 / 5
+    expected = 0.1 * torch.full((5,), 0.2, dtype=torch.float64) - 0.9 * redundancy.softmax(0)
+    torch.testing.assert_close(RedundantKeys(0).scores(kept)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_attention_keeps_a_token_whose_key_is_repeated() -> None:
+    keys = torch.ones(1, 1, 1, 5, 3, dtype=torch.float64)
+    # Equal keys: every row takes out token 4 (the last row token 3), so 0, 1 and 2 are equally redundant, 4/5.
+    # Shares of attention 0.6 of token 1 save it: 0.1 x 0.5 is more than what redundancy differs by.
+    kept = seen_with([[1.0, 6.0, 1.0, 1.0, 1.0]], [[0, 1, 2, 3, 4]], keys)
+    assert RedundantKeys(0).evicted_slots(kept, evict_tokens=2).tolist() == [[0, 2]]
+
+
+def test_redundancy_is_that_of_each_sequence_and_of_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(3, 4, 2, 12, 5, generator=generator, dtype=torch.float64)
+    tokens = [torch.randperm(12, generator=generator).tolist() for _ in range(4)]
+    received = torch.rand(4, 12, generator=generator).tolist()
+    together = RedundantKeys(0).scores(seen_with(received, tokens, keys))
+    for row in range(4):
+        alone = RedundantKeys(0).scores(
+            seen_with(received[row : row + 1], tokens[row : row + 1], keys[:, row : row + 1])
+        )
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-12)
+    for chunk in (1, 2 * 2 * 12 * 12):
+        monkeypatch.setattr(rkv, "SIMILARITIES_PER_CHUNK", chunk)
+        torch.testing.assert_close(RedundantKeys(0).scores(seen_with(received, tokens, keys)), together)
+
+
+@pytest.mark.parametrize("policy", [HeavyHitters, RedundantKeys])
+def test_protected_tokens_that_leave_no_room_for_a_block_are_refused(policy: type) -> None:
+    with pytest.raises(ValueError) as caught:
+        policy(5).check(8, 4)
+    assert str(caught.value) == (
+        "recent_tokens + evict_tokens must not exceed window_tokens (8), got 5 + 4; use recent_tokens of at most 4"
+    )
+    policy(4).check(8, 4)
+    with pytest.raises(ValueError, match="recent_tokens must be at least 0, got -1; use for example half the window"):
+        policy(-1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pte.method.eviction.policy import KeptTokens
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
@@ -46,12 +47,8 @@ def kept_by_hand(policy: BoundedPolicy, tokens: int, seed: int) -> list[list[int
     evictions = 0
     for token in range(tokens):
         if len(kept) == schedule.window_tokens:
-            chosen = policy.eviction.evicted_slots(
-                torch.tensor([kept]),
-                evict_tokens=schedule.evict_tokens,
-                eviction_index=torch.tensor([evictions]),
-                stream_seeds=torch.tensor([seed]),
-            )[0].tolist()
+            seen = KeptTokens(torch.tensor([kept]), torch.tensor([evictions]), torch.tensor([seed]))
+            chosen = policy.eviction.evicted_slots(seen, evict_tokens=schedule.evict_tokens)[0].tolist()
             kept = [other for place, other in enumerate(kept) if place not in chosen]
             evictions += 1
         kept.append(token)

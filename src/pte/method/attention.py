@@ -3,7 +3,8 @@
 Decides: who attends to whom, given the positions in the cache. `DecodeAttention` writes each new token into its
 slot and attends over the slots; `StretchAttention` computes many tokens at once over [slots | themselves, causal]
 and collects their keys and values, leaving the cache alone. Both call `grouped_attention`, the one place where a
-kernel is chosen. Does not know: models, rotary embeddings (keys come rotated), states.
+kernel is chosen; an observer, where an eviction policy needs one, sees the same queries, keys and mask.
+Does not know: models, rotary embeddings (keys come rotated), states.
 
 Paper: pi^D(y_t | C_t^D), the cache-constrained policy.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pte.method.cache import BoundedCache
+    from pte.method.observe import AttentionObserver
 
 
 def grouped_attention(
@@ -61,15 +63,23 @@ class DecodeAttention:
         slots: Slot of each sequence's new token; its position is stored already.
         attended_slots: Slots looked at; every slot beyond is empty in every sequence.
         dtype: Of keys and values.
+        observer: Sums what the slots receive, or None.
     """
 
     def __init__(
-        self, cache: BoundedCache, slots: Int[Tensor, " batch"], *, attended_slots: int, dtype: torch.dtype
+        self,
+        cache: BoundedCache,
+        slots: Int[Tensor, " batch"],
+        *,
+        attended_slots: int,
+        dtype: torch.dtype,
+        observer: AttentionObserver | None = None,
     ) -> None:
         self.cache = cache
         kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
         self.slots = slots[:, None, None, None].expand(-1, kv_heads, 1, head_dim)
         self.attended_slots = attended_slots
+        self.observer = observer
         self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
 
     def attend(
@@ -85,9 +95,12 @@ class DecodeAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.scatter_(2, self.slots, key)
         values.scatter_(2, self.slots, value)
+        attended_keys = keys[:, :, : self.attended_slots]
+        if self.observer is not None:
+            self.observer.observe(query, attended_keys, mask=self.mask, scaling=scaling)
         return grouped_attention(
             query,
-            keys[:, :, : self.attended_slots],
+            attended_keys,
             values[:, :, : self.attended_slots],
             mask=self.mask,
             scaling=scaling,
@@ -102,6 +115,7 @@ class StretchAttention:
         values: Values in the same slots.
         mask: For every token of the stretch, over [slots | tokens of the stretch]: 0 or -inf.
         segments: Segments per sequence; row b * segments + s is segment s of sequence b.
+        observer: Sums what slots and tokens receive, or None.
 
     `new_keys` and `new_values` hold, per layer, what the stretch adds.
     """
@@ -113,7 +127,9 @@ class StretchAttention:
         *,
         mask: Float[Tensor, "batch 1 tokens keys"],
         segments: int,
+        observer: AttentionObserver | None = None,
     ) -> None:
+        self.observer = observer
         self.keys = keys
         self.values = values
         self.mask = mask
@@ -137,6 +153,8 @@ class StretchAttention:
         if self.keys is not None and self.values is not None:
             key = torch.cat((self.keys[layer], key), dim=2)
             value = torch.cat((self.values[layer], value), dim=2)
+        if self.observer is not None:
+            self.observer.observe(query, key, mask=self.mask, scaling=scaling)
         attended = grouped_attention(query, key, value, mask=self.mask, scaling=scaling)
         return attended.reshape(rows, segment_tokens, heads, head_dim)
 

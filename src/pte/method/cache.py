@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from pte.method.observe import ObservedQueries
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -72,6 +74,9 @@ class BoundedCache:
         free_slots: Window slots in the order in which new tokens take them.
         cursor: How many of `free_slots` are taken.
         prompt_slots: Size of the prompt region.
+        attention_received: Attention that the token in each window slot has received, 0 where empty; None unless
+            `track_attention` was called.
+        observed_queries: Whose attention that is.
     """
 
     keys: Float[Tensor, "layers batch kv_heads slots head_dim"]
@@ -81,6 +86,8 @@ class BoundedCache:
     free_slots: Int[Tensor, "batch window"]
     cursor: Int[Tensor, " batch"]
     prompt_slots: int
+    attention_received: Float[Tensor, "batch window"] | None = None
+    observed_queries: ObservedQueries = "kept"
 
     @classmethod
     def allocate(
@@ -115,6 +122,20 @@ class BoundedCache:
         """Number of sequences."""
         return self.positions.shape[0]
 
+    def track_attention(self, queries: ObservedQueries) -> None:
+        """Starts to sum the attention that window tokens receive, float32 or wider, from the given queries."""
+        dtype = torch.promote_types(self.keys.dtype, torch.float32)
+        self.attention_received = torch.zeros(self.free_slots.shape, dtype=dtype, device=self.keys.device)
+        self.observed_queries = queries
+
+    def add_attention(self, received: Float[Tensor, "batch window"]) -> None:
+        """Notes what the window slots received from the newest queries."""
+        assert self.attention_received is not None
+        if self.observed_queries == "last":
+            self.attention_received.copy_(received)
+        else:
+            self.attention_received += received
+
     def token_indices(self) -> Int[Tensor, "batch window"]:
         """Reasoning index of the token in each window slot; meaningless where the slot is empty."""
         return self.positions[:, self.prompt_slots :] - self.prompt_lengths[:, None]
@@ -139,6 +160,8 @@ class BoundedCache:
         window = self.free_slots.shape[1]
         self.free_slots[rows] = torch.arange(window, device=fresh.device)
         self.cursor[rows] = 0
+        if self.attention_received is not None:
+            self.attention_received[rows] = 0
 
     def take_slots(
         self, positions: Int[Tensor, "batch tokens"], *, live: Int[Tensor, " batch"] | None = None
@@ -178,6 +201,10 @@ class BoundedCache:
         self.positions[rows[:, None], absolute] = -1
         self.free_slots[rows[:, None], torch.arange(slots.shape[1], device=slots.device)] = slots
         self.cursor[rows] = 0
+        if self.attention_received is not None:
+            self.attention_received[rows[:, None], slots] = 0
+            if self.observed_queries == "since_eviction":
+                self.attention_received[rows] = 0
         return evicted
 
     @staticmethod
@@ -200,6 +227,8 @@ class BoundedCache:
             self.values[layer, : len(rows)] = self.values[layer, rows]
         for stored in (self.positions, self.prompt_lengths, self.free_slots, self.cursor):
             stored[: len(rows)] = stored[rows]
+        if self.attention_received is not None:
+            self.attention_received[: len(rows)] = self.attention_received[rows]
         return self.first(len(rows))
 
     def first(self, count: int) -> BoundedCache:
@@ -213,6 +242,7 @@ class BoundedCache:
             prompt_lengths=self.prompt_lengths[rows],
             free_slots=self.free_slots[rows],
             cursor=self.cursor[rows],
+            attention_received=None if self.attention_received is None else self.attention_received[rows],
         )
 
 

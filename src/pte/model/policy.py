@@ -38,7 +38,7 @@ class BoundedPolicy:
         eviction: Which tokens leave.
 
     Raises:
-        ValueError: The eviction policy cannot work with the budget.
+        ValueError: The eviction policy cannot work with the budget, or needs more than its stretches can give.
     """
 
     base: PreTrainedModel
@@ -49,6 +49,11 @@ class BoundedPolicy:
     def __post_init__(self) -> None:
         if self.schedule.window_tokens is not None and self.schedule.evict_tokens is not None:
             self.eviction.check(self.schedule.window_tokens, self.schedule.evict_tokens)
+            if self.eviction.needs.anything and self.segments_per_stretch != 1:
+                raise ValueError(
+                    f"segments_per_stretch must be 1 for an eviction policy that needs attention, keys or values, got "
+                    f"{self.segments_per_stretch} of policy {self.eviction.name!r}; return 1"
+                )
 
     def with_cache(self, schedule: EvictionSchedule, eviction: EvictionPolicy | None = None) -> BoundedPolicy:
         """The same base and adapter under another budget."""
@@ -74,6 +79,11 @@ class BoundedPolicy:
     def device(self) -> torch.device:
         """Where the base lies."""
         return self.base.device
+
+    @property
+    def records_evictions(self) -> bool:
+        """True when the rollout has to record what left, because nothing but the model itself could say it again."""
+        return not self.schedule.is_full and self.eviction.needs.anything
 
     @property
     def segments_per_stretch(self) -> int:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn import functional
 
 from pte.method.attention import DecodeAttention, StretchAttention, stretch_mask
 from pte.method.cache import BoundedCache
+from pte.method.eviction.policy import kept_tokens
+from pte.method.observe import AttentionObserver
 from pte.model.decode import DecodeStep
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
@@ -52,6 +55,7 @@ class RunningSequence:
     order: int
     request: RolloutRequest
     tokens: list[int]
+    evicted: list[Tensor] = field(default_factory=list)
 
     @property
     def entering(self) -> int:
@@ -163,6 +167,10 @@ class RolloutEngine:
             dtype=policy.dtype,
             device=device,
         )
+        needs = policy.eviction.needs
+        self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
+        if self.observes and needs.attention is not None:
+            self.cache.track_attention(needs.attention)
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.kv_bytes)
         self.running: list[RunningSequence | None] = [None] * rows
         self.current = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -261,14 +269,20 @@ class RolloutEngine:
         positions = self.cache.prompt_lengths + self.entered
         slots = self.cache.take_slots(positions[:, None], live=alive)[:, 0]
         longest = max(sequence.entering for sequence in self.running if sequence is not None)
+        observer = AttentionObserver() if self.observes else None
         attention = DecodeAttention(
             self.cache,
             slots,
             attended_slots=min(self.cache.prompt_slots + longest + 1, self.cache.positions.shape[1]),
             dtype=policy.dtype,
+            observer=observer,
         )
         states = self.controlled(self.reads)
         hidden = self.decode(self.current, positions=positions, attention=attention, states=states)
+        if observer is not None:
+            received = observer.take()[:, self.cache.prompt_slots :]
+            missing = self.cache.free_slots.shape[1] - received.shape[1]
+            self.cache.add_attention(functional.pad(received, (0, missing)))
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
         self.entered += 1 if alive is None else alive
         column = self.entered[:, None]
@@ -300,13 +314,20 @@ class RolloutEngine:
             for row in due
             if (sequence := self.running[row]) is not None
         ]
-        slots = self.policy.eviction.evicted_slots(
-            self.cache.token_indices()[rows],
-            evict_tokens=schedule.evict_tokens,
+        eviction = self.policy.eviction
+        kept = kept_tokens(
+            self.cache,
+            eviction.needs,
+            rows=rows,
             eviction_index=torch.tensor(indices, device=device),
             stream_seeds=self.stream_seeds[rows],
         )
-        evicted = self.cache.evict(rows, slots)
+        evicted = self.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=schedule.evict_tokens))
+        if self.policy.records_evictions:
+            left = (evicted.positions - self.cache.prompt_lengths[rows, None]).cpu()
+            for row, tokens in zip(due, left, strict=True):
+                if (sequence := self.running[row]) is not None:
+                    sequence.evicted.append(tokens)
         if self.states is not None and self.reads is not None and self.folds:
             updated = fold(self.policy, self.states[:, rows], evicted)
             self.states[:, rows] = updated
@@ -349,11 +370,20 @@ class RolloutEngine:
             temperature=self.temperature,
             evictions=self.policy.schedule.num_evictions(count),
             state_norm=norm,
+            evicted_tokens=self.recorded(sequence),
         )
         self.results[sequence.order] = rollout
         self.running[row] = None
         if self.on_finish is not None:
             self.on_finish(rollout)
+
+    def recorded(self, sequence: RunningSequence) -> Int[Tensor, "evictions evicted"] | None:
+        """What left a sequence at each of its evictions, where the replay cannot know it."""
+        if not self.policy.records_evictions:
+            return None
+        if sequence.evicted:
+            return torch.stack(sequence.evicted)
+        return torch.zeros(0, self.policy.schedule.evict_tokens or 0, dtype=torch.int64)
 
     def compact(self) -> None:
         """Drops idle rows once no request waits, so that finished sequences stop costing."""

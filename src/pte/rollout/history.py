@@ -32,7 +32,8 @@ class History:
 
     Args:
         policy: The bounded policy.
-        batch: Sorted by completion length, longest first.
+        batch: Sorted by completion length, longest first. The forward walk replaces it by one that records the
+            evictions that it chose.
     """
 
     def __init__(self, policy: BoundedPolicy, batch: ReplayBatch) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -48,6 +49,8 @@ class Rollout:
         temperature: Of the distribution that drew it.
         evictions: Evictions that happened.
         state_norm: Frobenius norm of the running state at the end, mean over layers; 0 without a state.
+        evicted_tokens: Reasoning indices that left at each eviction, on the CPU; None for policies whose choice is a
+            function of index and seed alone.
     """
 
     prompt_ids: tuple[int, ...]
@@ -58,6 +61,7 @@ class Rollout:
     temperature: float
     evictions: int
     state_norm: float
+    evicted_tokens: Int[Tensor, "evictions evicted"] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class ReplayBatch:
         completion_lengths: Real tokens of each completion.
         stream_seeds: For policies that evict at random.
         temperature: Of the distribution that scores.
+        evicted_tokens: Reasoning indices that left at each eviction, padded with -1; None where the replay chooses.
     """
 
     prompt_ids: Int[Tensor, "batch prompt"]
@@ -79,6 +84,7 @@ class ReplayBatch:
     completion_lengths: Int[Tensor, " batch"]
     stream_seeds: Int[Tensor, " batch"]
     temperature: float
+    evicted_tokens: Int[Tensor, "batch evictions evicted"] | None = None
 
     @property
     def completion_mask(self) -> Bool[Tensor, "batch completion"]:
@@ -95,6 +101,7 @@ class ReplayBatch:
             completion_lengths=self.completion_lengths[rows],
             stream_seeds=self.stream_seeds[rows],
             temperature=self.temperature,
+            evicted_tokens=None if self.evicted_tokens is None else self.evicted_tokens[rows],
         )
 
 
@@ -105,8 +112,17 @@ def collate(
     stream_seeds: Sequence[int],
     temperature: float,
     device: torch.device | str = "cpu",
+    evicted_tokens: Sequence[Int[Tensor, "_ evicted"]] | None = None,
 ) -> ReplayBatch:
     """Prompts and completions as one padded batch.
+
+    Args:
+        prompts: Token ids.
+        completions: Token ids.
+        stream_seeds: Of each sequence.
+        temperature: Of the distribution that scores.
+        device: Of the batch.
+        evicted_tokens: What left at each eviction of each sequence; None where the replay chooses.
 
     Raises:
         ValueError: A prompt or a completion is empty, or the numbers of sequences differ.
@@ -131,6 +147,9 @@ def collate(
         completion_lengths=lengths(completions),
         stream_seeds=torch.tensor(stream_seeds, device=device),
         temperature=temperature,
+        evicted_tokens=None
+        if evicted_tokens is None
+        else pad_sequence(list(evicted_tokens), batch_first=True, padding_value=-1).to(device),
     )
 
 
@@ -138,17 +157,24 @@ def collate_rollouts(rollouts: Sequence[Rollout], *, device: torch.device | str 
     """Rollouts as one padded batch.
 
     Raises:
-        ValueError: They were drawn at different temperatures.
+        ValueError: They were drawn at different temperatures, or some record what was evicted and others do not.
     """
     temperatures = {rollout.temperature for rollout in rollouts}
     if len(temperatures) != 1:
         raise ValueError(f"rollouts of one batch must share a temperature, got {sorted(temperatures)}; split the batch")
+    records = [rollout.evicted_tokens for rollout in rollouts if rollout.evicted_tokens is not None]
+    if len(records) not in (0, len(rollouts)):
+        raise ValueError(
+            f"rollouts of one batch must all record evicted_tokens or none, got {len(records)} of {len(rollouts)}; "
+            f"split the batch by the policy that made them"
+        )
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
         stream_seeds=[rollout.stream_seed for rollout in rollouts],
         temperature=temperatures.pop(),
         device=device,
+        evicted_tokens=records or None,
     )
 
 

@@ -88,7 +88,7 @@ class Replay(nn.Module):
         trainable = () if self.adapter is None else tuple(self.adapter.parameters())
         if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in trainable):
             with torch.no_grad():
-                logprobs, entropies = self.walk_forward(ordered, history=None)
+                logprobs, entropies, _ = self.walk_forward(ordered, history=None)
         elif self.gradient_mode == "exact":
             logprobs, entropies = self.walk_exact(ordered)
         else:
@@ -102,8 +102,11 @@ class Replay(nn.Module):
 
     def walk_forward(
         self, batch: ReplayBatch, *, history: History | None
-    ) -> tuple[Float[Tensor, "batch completion"], Float[Tensor, "batch completion"]]:
-        """The walk without a graph; `history` records what a `chain` backward needs."""
+    ) -> tuple[Float[Tensor, "batch completion"], Float[Tensor, "batch completion"], ReplayBatch]:
+        """The walk without a graph; `history` records what a `chain` backward needs.
+
+        The batch that comes back holds the evictions that were chosen here, so that a backward repeats them.
+        """
         walk = Walk(self.policy, batch)
         logprobs, entropies = blank_scores(walk), blank_scores(walk)
         state = expanded_first_state(self.policy, walk.cache.batch)
@@ -128,7 +131,10 @@ class Replay(nn.Module):
             chosen, entropy = self.scores(inputs, hidden, batch=batch, with_entropy=True)
             logprobs.view(-1)[inputs.places] = chosen
             entropies.view(-1)[inputs.places] = entropy
-        return logprobs, entropies
+        followed = walk.followed()
+        if history is not None:
+            history.batch = followed
+        return logprobs, entropies, followed
 
     def walk_exact(
         self, batch: ReplayBatch
@@ -320,7 +326,7 @@ class _ReplayFunction(torch.autograd.Function):
     def forward(ctx, replay: Replay, batch: ReplayBatch, *parameters: Tensor):  # type: ignore[no-untyped-def, override]
         """The walk without a graph."""
         history = History(replay.policy, batch) if replay.chains else None
-        logprobs, entropies = replay.walk_forward(batch, history=history)
+        logprobs, entropies, batch = replay.walk_forward(batch, history=history)
         ctx.replay, ctx.batch, ctx.history, ctx.parameters = replay, batch, history, parameters
         ctx.versions = [parameter._version for parameter in parameters]
         ctx.mark_non_differentiable(entropies)

@@ -1,48 +1,122 @@
 """The one extension point: which kept reasoning tokens leave at an eviction.
 
-Decides: what a policy sees (the reasoning index of every kept token, the stream seed of every sequence, the
-number of the eviction) and returns (slots). A policy never sees the prompt, which is never evicted, nor padding.
-Rollout and replay call the same object with the same arguments, so a policy must be a pure function of them.
+Decides: what a policy may look at (`KeptTokens`), how it says what it needs of that (`Needs`), and what it returns
+(slots). A policy never sees the prompt, which is never evicted, nor padding.
+A policy that needs nothing is a pure function of token indices, eviction number and stream seed: rollout and replay
+both call it, and get the same answer. A policy that needs attention, keys or values could choose otherwise when these
+are rounded otherwise: the rollout records what left, and the replay follows the record.
+What nobody needs is never computed.
 
 Paper: Section 3, "oldest 25 %"; the ablation over eviction policies.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
     from torch import Tensor
+
+    from pte.method.cache import BoundedCache
+    from pte.method.observe import ObservedQueries
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy looks at besides token indices, eviction number and stream seed.
+
+    Args:
+        attention: Whose attention to the kept tokens is summed: of all queries while a token was kept (`kept`), of
+            those since the last eviction (`since_eviction`), of the last query alone (`last`); None for nobody's.
+        keys: The keys of the kept tokens, as they lie in the cache.
+        values: Their values.
+    """
+
+    attention: ObservedQueries | None = None
+    keys: bool = False
+    values: bool = False
+
+    @property
+    def anything(self) -> bool:
+        """True when the choice depends on what the model computed, so that it has to be recorded."""
+        return self.attention is not None or self.keys or self.values
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """The tokens of saturated windows, as a policy sees them. What it does not need is None.
+
+    Args:
+        token_indices: Reasoning index of the token in each window slot.
+        eviction_index: How many evictions each sequence had before.
+        stream_seeds: The seed of each sequence's own random stream.
+        attention_received: Softmax probabilities given to each token by the observed queries, its own included, summed
+            over queries, query heads and layers.
+        keys: Post-rotary keys.
+        values: Values.
+    """
+
+    token_indices: Int[Tensor, "batch window"]
+    eviction_index: Int[Tensor, " batch"]
+    stream_seeds: Int[Tensor, " batch"]
+    attention_received: Float[Tensor, "batch window"] | None = None
+    keys: Float[Tensor, "layers batch kv_heads window head_dim"] | None = None
+    values: Float[Tensor, "layers batch kv_heads window head_dim"] | None = None
 
 
 class EvictionPolicy(Protocol):
     """Chooses the evicted slots of a saturated window, for every sequence of a batch by itself."""
 
     name: str
+    needs: Needs
 
-    def evicted_slots(
-        self,
-        token_indices: Int[Tensor, "batch window"],
-        *,
-        evict_tokens: int,
-        eviction_index: Int[Tensor, " batch"],
-        stream_seeds: Int[Tensor, " batch"],
-    ) -> Int[Tensor, "batch evicted"]:
+    def evicted_slots(self, kept: KeptTokens, *, evict_tokens: int) -> Int[Tensor, "batch evicted"]:
         """Slots whose tokens leave, in the order in which new tokens take them.
 
         Args:
-            token_indices: Reasoning index of the token in each window slot; the window is saturated.
+            kept: The kept tokens.
             evict_tokens: Number of tokens that leave.
-            eviction_index: How many evictions each sequence had before.
-            stream_seeds: The seed of each sequence's own random stream.
         """
         ...
 
     def segments_per_stretch(self, window_tokens: int, evict_tokens: int) -> int:
-        """How many consecutive evictions only touch tokens that were kept before the first of them (at least 1)."""
+        """How many consecutive evictions only touch tokens that were kept before the first of them (at least 1).
+
+        1 for a policy that needs anything: its next choice needs what the segment before it computes.
+        """
         ...
 
     def check(self, window_tokens: int, evict_tokens: int) -> None:
         """Raises ValueError when the policy cannot work with this budget."""
         ...
+
+
+def kept_tokens(
+    cache: BoundedCache,
+    needs: Needs,
+    *,
+    rows: Int[Tensor, " rows"] | slice,
+    eviction_index: Int[Tensor, " rows"],
+    stream_seeds: Int[Tensor, " rows"],
+) -> KeptTokens:
+    """What a policy sees of the given sequences of a cache.
+
+    Args:
+        cache: Its windows are saturated in these rows.
+        needs: Of the policy.
+        rows: Sequences that evict; a slice copies nothing.
+        eviction_index: How many evictions each of them had before.
+        stream_seeds: Of each of them.
+    """
+    prompt = cache.prompt_slots
+    received = cache.attention_received if needs.attention is not None else None
+    return KeptTokens(
+        token_indices=cache.token_indices()[rows],
+        eviction_index=eviction_index,
+        stream_seeds=stream_seeds,
+        attention_received=None if received is None else received[rows],
+        keys=cache.keys[:, rows, :, prompt:].detach() if needs.keys else None,
+        values=cache.values[:, rows, :, prompt:].detach() if needs.values else None,
+    )

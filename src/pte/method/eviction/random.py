@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pte.method.eviction.policy import KeptTokens, Needs
+
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
@@ -24,18 +26,12 @@ class UniformRandom:
     """Evicts tokens uniformly at random among all kept reasoning tokens."""
 
     name = "random"
+    needs = Needs()
 
-    def evicted_slots(
-        self,
-        token_indices: Int[Tensor, "batch window"],
-        *,
-        evict_tokens: int,
-        eviction_index: Int[Tensor, " batch"],
-        stream_seeds: Int[Tensor, " batch"],
-    ) -> Int[Tensor, "batch evicted"]:
+    def evicted_slots(self, kept: KeptTokens, *, evict_tokens: int) -> Int[Tensor, "batch evicted"]:
         """Slots of the evicted tokens, by ascending hash."""
-        stream = mix64(mix64(stream_seeds) + eviction_index)
-        scores = mix64(stream[:, None] + token_indices)
+        stream = mix64(mix64(kept.stream_seeds) + kept.eviction_index)
+        scores = mix64(stream[:, None] + kept.token_indices)
         return scores.topk(evict_tokens, dim=1, largest=False, sorted=True).indices
 
     def segments_per_stretch(self, window_tokens: int, evict_tokens: int) -> int:

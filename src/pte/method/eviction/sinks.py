@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pte.method.eviction.policy import KeptTokens, Needs
+
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
@@ -26,23 +28,18 @@ class AttentionSinks:
     """
 
     name = "sinks"
+    needs = Needs()
 
     def __init__(self, sink_tokens: int) -> None:
         if sink_tokens < 1:
             raise ValueError(f"sink_tokens must be at least 1, got {sink_tokens}; use policy 'window' for no sinks")
         self.sink_tokens = sink_tokens
 
-    def evicted_slots(
-        self,
-        token_indices: Int[Tensor, "batch window"],
-        *,
-        evict_tokens: int,
-        eviction_index: Int[Tensor, " batch"],
-        stream_seeds: Int[Tensor, " batch"],
-    ) -> Int[Tensor, "batch evicted"]:
+    def evicted_slots(self, kept: KeptTokens, *, evict_tokens: int) -> Int[Tensor, "batch evicted"]:
         """Slots of the oldest tokens that are not sinks, oldest first."""
-        last = torch.iinfo(token_indices.dtype).max
-        candidates = token_indices.masked_fill(token_indices < self.sink_tokens, last)
+        tokens = kept.token_indices
+        last = torch.iinfo(tokens.dtype).max
+        candidates = tokens.masked_fill(tokens < self.sink_tokens, last)
         return candidates.topk(evict_tokens, dim=1, largest=False, sorted=True).indices
 
     def segments_per_stretch(self, window_tokens: int, evict_tokens: int) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pte.method.eviction.policy import KeptTokens, Needs
+
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
@@ -16,17 +18,11 @@ class OldestFirst:
     """Evicts the tokens with the smallest reasoning index; the slots form a ring of blocks."""
 
     name = "window"
+    needs = Needs()
 
-    def evicted_slots(
-        self,
-        token_indices: Int[Tensor, "batch window"],
-        *,
-        evict_tokens: int,
-        eviction_index: Int[Tensor, " batch"],
-        stream_seeds: Int[Tensor, " batch"],
-    ) -> Int[Tensor, "batch evicted"]:
+    def evicted_slots(self, kept: KeptTokens, *, evict_tokens: int) -> Int[Tensor, "batch evicted"]:
         """Slots of the oldest tokens, oldest first."""
-        return token_indices.topk(evict_tokens, dim=1, largest=False, sorted=True).indices
+        return kept.token_indices.topk(evict_tokens, dim=1, largest=False, sorted=True).indices
 
     def segments_per_stretch(self, window_tokens: int, evict_tokens: int) -> int:
         """The W tokens kept now are the next W tokens to leave."""

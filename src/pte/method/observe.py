@@ -1,0 +1,92 @@
+"""Who is attended to how much: explicit softmax probabilities, for eviction policies that ask for them.
+
+Decides: how probabilities are summed over queries, heads and layers, a bounded number of them at a time. The attention
+output is made elsewhere (`attention.grouped_attention`) and does not change when somebody observes.
+Does not know: caches, what the sums are for.
+
+Paper: none; the attention scores of H2O and R-KV.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+ObservedQueries = Literal["kept", "since_eviction", "last"]
+PROBABILITIES_PER_CHUNK = 2**24
+
+
+class AttentionObserver:
+    """Sums the probabilities that each key receives in one forward, over its layers.
+
+    Args:
+        first_query: Queries before this one do not count; -1 for the last one alone.
+
+    `received` holds the sums, float32 or wider; None before the first layer.
+    """
+
+    def __init__(self, *, first_query: int = 0) -> None:
+        self.first_query = first_query
+        self.received: Float[Tensor, "batch keys"] | None = None
+        self.closed = False
+
+    def take(self) -> Float[Tensor, "batch keys"]:
+        """The sums; what is observed later, when a backward pass computes the forward again, counts nothing."""
+        assert self.received is not None
+        self.closed = True
+        return self.received
+
+    @torch.no_grad()
+    def observe(
+        self,
+        query: Float[Tensor, "batch heads tokens head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        *,
+        mask: Float[Tensor, "batch 1 tokens keys"],
+        scaling: float,
+    ) -> None:
+        """Adds one layer.
+
+        Args:
+            query: As `grouped_attention` gets it.
+            key: Likewise.
+            mask: Likewise.
+            scaling: Likewise.
+        """
+        if self.closed:
+            return
+        layer = received_attention(
+            query[:, :, self.first_query :], key, mask=mask[:, :, self.first_query :], scaling=scaling
+        )
+        self.received = layer if self.received is None else self.received + layer
+
+
+def received_attention(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    *,
+    mask: Float[Tensor, "batch 1 tokens keys"],
+    scaling: float,
+) -> Float[Tensor, "batch keys"]:
+    """Probability that each key receives, summed over heads and queries.
+
+    Equals: softmax(scaling q k^T + mask) with keys repeated over the group, summed over heads and queries.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    received = torch.zeros(batch, keys, dtype=dtype, device=query.device)
+    size = max(1, PROBABILITIES_PER_CHUNK // (batch * heads * keys))
+    for start in range(0, tokens, size):
+        part = query[:, :, start : start + size]
+        packed = part.reshape(batch, kv_heads, -1, head_dim)
+        scores = (packed @ key.transpose(2, 3)).to(dtype).mul_(scaling).view(batch, kv_heads, group, -1, keys)
+        scores += mask[:, :, None, start : start + size]
+        received += scores.softmax(-1).sum((1, 2, 3))
+    return received
