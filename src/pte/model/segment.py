@@ -20,6 +20,7 @@ from pte.method.adapter import BoundAdapter
 from pte.method.cache import EvictedTokens
 from pte.method.rotary import unrotate
 from pte.model.policy import BoundedPolicy, linear_of
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +113,7 @@ def adapter_weights(policy: BoundedPolicy) -> AdapterWeights | None:
     return None if policy.adapter is None else policy.adapter.weights(policy.dtype)
 
 
+@timed("read")
 def read_state(
     policy: BoundedPolicy, state: Float[Tensor, "layers batch rank rank"] | None
 ) -> Float[Tensor, "layers batch rank rank"] | None:
@@ -121,6 +123,7 @@ def read_state(
     return policy.adapter.encoder.read(state)
 
 
+@timed("fold")
 def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | None:
     """The state before any eviction, or None for plain LoRA and for the base alone.
 
@@ -144,6 +147,7 @@ def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | No
     return adapter.encoder.first_state(torch.stack(keys), torch.stack(values))
 
 
+@timed("fold")
 def fold(
     policy: BoundedPolicy,
     state: Float[Tensor, "layers batch rank rank"],

@@ -24,6 +24,7 @@ from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
 from pte.rollout.record import Rollout, RolloutRequest, right_pad
 from pte.rollout.sampling import draw_tokens, stream_uniforms, token_logprobs
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -194,6 +195,7 @@ class RolloutEngine:
             self.prefill_batch(unread[:count])
             unread = unread[count:]
 
+    @timed("prefill")
     def prefill_batch(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Reads right-padded prompts in one forward under the first state."""
         policy, device = self.policy, self.policy.device
@@ -252,6 +254,7 @@ class RolloutEngine:
             self.running[row] = RunningSequence(order=order, request=request, tokens=[token])
             self.finish_if_done(row)
 
+    @timed("decode")
     def step(self) -> None:
         """One token for every running sequence."""
         policy = self.policy
