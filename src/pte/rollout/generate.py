@@ -103,6 +103,7 @@ class RolloutEngine:
         self.state_control: StateControl = state_control
         self.allow_beyond_trained_positions = allow_beyond_trained_positions
         self.peak_cache_bytes = 0
+        self.peak_state_bytes = 0
         self.decode_steps = 0
 
     @torch.no_grad()
@@ -179,6 +180,7 @@ class RolloutEngine:
         self.first = first
         self.states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
         self.reads = read_state(policy, self.states)
+        self.peak_state_bytes = max(self.peak_state_bytes, 0 if self.states is None else self.states.nbytes)
 
     def refill(self) -> None:
         """Puts waiting requests into free slots until no slot or no request is left."""
