@@ -26,6 +26,7 @@ from pte.timing import StepClock, step_clock
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
+    from pte.rollout.record import Rollout
 
 Result = TypeVar("Result")
 
@@ -105,8 +106,9 @@ def warmup_tokens(config: ExperimentConfig, tokens: int) -> int:
 def counted_costs(step: CostStep, tokens: int) -> dict[str, float]:
     """FLOPs per completion token of one step."""
     completion_tokens = step.sequences * tokens
-    rollout = counted_flops(lambda: step.sample(tokens, 1))
-    scored = step.score(step.sample(tokens, 1), 1)
+    rollouts: list[Rollout] = []
+    rollout = counted_flops(lambda: rollouts.extend(step.sample(tokens, 1)))
+    scored = step.score(rollouts, 1)
     update = counted_flops(lambda: step.update(scored))
     return {
         "rollout_flops_per_token": rollout / completion_tokens,

@@ -4,11 +4,13 @@ Decides: what counts. A matrix product of (m, k) and (k, n) is 2 m k n, attentio
 that the kernel is given, masked ones included, its backward is torch's convention of five such products, and whatever
 is computed a second time in a backward pass counts a second time.
 Not counted, as in torch's counter: everything elementwise (norms, softmax, rotations, activations, sampling, the
-optimizer), look-ups, copies. torch 2.13 does not count the attention kernel of the CPU, so its formulas are added here.
+optimizer), look-ups, copies. torch 2.13 counts neither the attention kernel of the CPU nor products added in place, as
+a decode step makes them, so their formulas are added here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from torch._ops import OpOverloadPacket
 
 Shape = tuple[int, ...]
+
+
+def added_product_flops(_total: Shape, left: Shape, right: Shape, **_keywords: object) -> int:
+    """Of a matrix product that is added in place."""
+    return math.prod(left) * right[1] * 2
 
 
 def cpu_attention_flops(query: Shape, key: Shape, value: Shape, *_rest: object, **_keywords: object) -> int:
@@ -36,6 +43,7 @@ def cpu_attention_backward_flops(
 def counted_flops(work: Callable[[], object]) -> int:
     """FLOPs of `work`, its backward passes included."""
     formulas: dict[OpOverloadPacket, Callable[..., int]] = {
+        torch.ops.aten.addmm_: added_product_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward_flops,
     }

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from pte.timing import timed
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -118,6 +120,7 @@ class ThoughtEncoder(nn.Module):
         update = self.encode(keys[:, None], values[:, None])
         return self.accumulate(torch.zeros_like(update), update)[:, 0]
 
+    @timed("read")
     def read(self, state: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank rank"]:
         """What the adapters multiply with: Frobenius norm sqrt(rank) under either rule."""
         return normalize(state) if self.update_rule == "read" else state
