@@ -81,15 +81,28 @@ def isolated_growth_bytes(preset: Preset, arm: MemoryArm, *, tokens: int) -> int
         RuntimeError: The process failed; its last lines are in the message.
     """
     request = json.dumps({"preset": preset.to_json(), "arm": arm, "tokens": tokens})
+    return int(read_in_fresh_process("pte.bench.memory_process", request)["growth_bytes"])
+
+
+def read_in_fresh_process(module: str, request: str) -> dict[str, float]:
+    """Numbers that a module prints as its last line, one JSON object, run with the allocator's environment fixed.
+
+    Args:
+        module: Run as `python -m module request`.
+        request: What to measure, JSON.
+
+    Raises:
+        RuntimeError: The process failed; its last lines are in the message.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "pte.bench.memory_process", request],
+        [sys.executable, "-m", module, request],
         env={**os.environ, **ALLOCATOR},
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise RuntimeError(
-            f"the process that measures memory ({arm}, {tokens} tokens) must end well, got status "
-            f"{done.returncode}; its last words: {done.stderr[-2000:]}"
+            f"the process that measures memory ({module}) must end well, got status {done.returncode} for {request}; "
+            f"its last words: {done.stderr[-2000:]}"
         )
-    return int(json.loads(done.stdout.splitlines()[-1])["growth_bytes"])
+    return json.loads(done.stdout.splitlines()[-1])

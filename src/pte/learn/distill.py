@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pte.learn.optimizer import AdapterOptimizer, check_finite_loss
+from pte.learn.optimizer import AdapterOptimizer, backpropagate, check_finite_loss
 from pte.learn.stage import StepResult, by_length, peak_memory_bytes
 from pte.method.schedule import EvictionSchedule
 from pte.rollout.generate import RolloutEngine
@@ -114,7 +114,7 @@ class DistillStage:
             output = self.replay(padded)
             loss = -output.policy_logprobs.sum() / tokens
             check_finite_loss(loss)
-            loss.backward()
+            backpropagate(loss)
             total += loss.item()
             entropy += output.entropies.sum().item() / tokens
         grad_norm, learning_rate = self.optimizer.step()

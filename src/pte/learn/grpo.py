@@ -20,13 +20,14 @@ import torch
 
 from pte.learn.advantages import group_advantages, mixed_accuracy_groups, tied_groups
 from pte.learn.loss import BatchTotals, PolicyObjective, policy_loss
-from pte.learn.optimizer import AdapterOptimizer, TrainingStopped, check_finite_loss
+from pte.learn.optimizer import AdapterOptimizer, TrainingStopped, backpropagate, check_finite_loss
 from pte.learn.rewards import compute_rewards
 from pte.learn.stage import StepResult, by_length, peak_memory_bytes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import LogprobGap, Rollout, RolloutRequest, collate_rollouts, logprob_gap
 from pte.rollout.replay import Replay
 from pte.rollout.sampling import stream_seed
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -250,7 +251,7 @@ class GrpoStage:
             )
             check_finite_loss(loss.loss)
             if learns:
-                loss.loss.backward()
+                backpropagate(loss.loss)
             share = tokens / totals.tokens
             sums["loss"] += loss.loss.item()
             sums["entropy"] += output.entropies.sum().item() / totals.tokens
@@ -321,6 +322,7 @@ class GrpoStage:
         self.position = position
 
 
+@timed("reward")
 def score_rollouts(task: Task, rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> list[ScoredRollout]:
     """Rollouts with rewards and accuracies.
 

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from pte.timing import timed
+
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from pte.checkpoint_files import StateTree
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -76,6 +81,7 @@ class AdapterOptimizer:
         self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
         self.steps = 0
 
+    @timed("optimizer")
     def step(self) -> tuple[float, float]:
         """One step on the gradients that have been accumulated, which are then cleared.
 
@@ -120,6 +126,12 @@ class AdapterOptimizer:
         assert isinstance(steps, int)
         self.steps = steps
         self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+@timed("backward")
+def backpropagate(loss: Float[Tensor, ""]) -> None:
+    """Adds the gradients of a loss to the adapter's parameters."""
+    loss.backward()
 
 
 def check_finite_loss(loss: torch.Tensor) -> None:

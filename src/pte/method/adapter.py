@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from pte.method.thought import KeySpace, ThoughtEncoder, UpdateRule
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,9 +80,17 @@ class BoundAdapter:
             rank = low.shape[-1] // maps
             if self.transposed is not None:
                 state = self.transposed[layer]
-                low = torch.bmm(low.view(rows, tokens * maps, rank).to(state.dtype), state).to(x.dtype)
+                low = steer(low.view(rows, tokens * maps, rank), state)
             self.lows = low.view(rows * tokens, maps, rank).unbind(1)
         return self.lows[member], weights.ups[member]
+
+
+@timed("read")
+def steer(
+    low: Float[Tensor, "rows tokens rank"], transposed: Float[Tensor, "rows rank rank"]
+) -> Float[Tensor, "rows tokens rank"]:
+    """S (B x) of every token, from B x and S^T of its row; multiplied in the state's dtype."""
+    return torch.bmm(low.to(transposed.dtype), transposed).to(low.dtype)
 
 
 class Binding:
@@ -280,7 +289,8 @@ class ThoughtAdapter(nn.Module):
 
     def options(self) -> dict[str, str | int | float | list[str] | list[int]]:
         """The options that rebuild this adapter for the same base, as plain JSON values; `layers` only where some are
-        left alone."""
+        left alone.
+        """
         some = len(self.adapted_layers) < self.sizes.layers
         layers: dict[str, str | int | float | list[str] | list[int]] = (
             {"layers": list(self.adapted_layers)} if some else {}

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from pte.timing import timed
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -137,6 +139,7 @@ class ThoughtEncoder(nn.Module):
         first = self.encode(keys[:, None], values[:, None])[:, 0]
         return first if self.update_rule == "read" else normalize(first)
 
+    @timed("read")
     def read(self, state: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank rank"]:
         """What the adapters multiply with: Frobenius norm sqrt(rank) under every rule."""
         return state if self.update_rule == "paper" else normalize(state)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from pte.method.adapter import INPUT_GROUPS
+from pte.method.adapter import INPUT_GROUPS, steer
 from pte.model.policy import linear_of
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class InputGroup:
             return outputs
         low = torch.mm(x, self.down).view(x.shape[0], len(self.ups), -1)
         if state is not None:
-            low = torch.bmm(low.to(state.dtype), state).to(x.dtype)
+            low = steer(low, state)
         for (place, up), part in zip(self.ups, low.unbind(1), strict=True):
             outputs[place].addmm_(part, up)
         return outputs

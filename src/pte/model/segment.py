@@ -20,6 +20,7 @@ from pte.method.adapter import BoundAdapter
 from pte.method.cache import EvictedTokens
 from pte.method.rotary import unrotate
 from pte.model.policy import BoundedPolicy, linear_of
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pte.method.adapter import AdapterWeights
+    from pte.method.thought import ThoughtEncoder
 
 ATTENTION_NAME = "pte_bounded"
 
@@ -129,9 +131,13 @@ def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | No
     Paper: S_e = (W_Q^a q_g)(W_K^a k_g)^T (W_V^a v_g).
     """
     adapter = policy.adapter
-    if adapter is None or adapter.encoder is None:
-        return None
-    tokens = adapter.encoder.global_tokens.to(policy.dtype)
+    return None if adapter is None or adapter.encoder is None else fold_global_tokens(policy, adapter.encoder)
+
+
+@timed("fold")
+def fold_global_tokens(policy: BoundedPolicy, encoder: ThoughtEncoder) -> Float[Tensor, "layers rank rank"]:
+    """The state of the global tokens alone."""
+    tokens = encoder.global_tokens.to(policy.dtype)
     keys, values = [], []
     for layer in policy.base.get_decoder().layers:
         key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
@@ -141,9 +147,10 @@ def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | No
             key = layer.self_attn.k_norm(heads).flatten(-2)
         keys.append(key)
         values.append(functional.linear(tokens, value_map.weight, value_map.bias))
-    return adapter.encoder.first_state(torch.stack(keys), torch.stack(values))
+    return encoder.first_state(torch.stack(keys), torch.stack(values))
 
 
+@timed("fold")
 def fold(
     policy: BoundedPolicy,
     state: Float[Tensor, "layers batch rank rank"],

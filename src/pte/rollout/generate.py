@@ -27,6 +27,7 @@ from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
 from pte.rollout.record import Rollout, RolloutRequest, right_pad
 from pte.rollout.sampling import draw_tokens, stream_uniforms, token_logprobs
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -106,6 +107,7 @@ class RolloutEngine:
         self.state_control: StateControl = state_control
         self.allow_beyond_trained_positions = allow_beyond_trained_positions
         self.peak_cache_bytes = 0
+        self.peak_state_bytes = 0
         self.decode_steps = 0
 
     @torch.no_grad()
@@ -186,6 +188,7 @@ class RolloutEngine:
         self.first = first
         self.states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
         self.reads = read_state(policy, self.states)
+        self.peak_state_bytes = max(self.peak_state_bytes, 0 if self.states is None else self.states.nbytes)
 
     def refill(self) -> None:
         """Puts waiting requests into free slots until no slot or no request is left."""
@@ -202,6 +205,7 @@ class RolloutEngine:
             self.prefill_batch(unread[:count])
             unread = unread[count:]
 
+    @timed("prefill")
     def prefill_batch(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Reads right-padded prompts in one forward under the first state."""
         policy, device = self.policy, self.policy.device
@@ -260,6 +264,7 @@ class RolloutEngine:
             self.running[row] = RunningSequence(order=order, request=request, tokens=[token])
             self.finish_if_done(row)
 
+    @timed("decode")
     def step(self) -> None:
         """One token for every running sequence."""
         policy = self.policy

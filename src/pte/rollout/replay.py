@@ -26,6 +26,7 @@ from pte.method.cache import EvictedTokens
 from pte.model.segment import first_state, fold
 from pte.rollout.history import History
 from pte.rollout.walk import StretchInputs, Walk, run_stretch, score, segment_states
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -76,6 +77,7 @@ class Replay(nn.Module):
         self.gradient_mode: GradientMode = gradient_mode
         self.horizon = horizon
 
+    @timed("forward")
     def forward(self, batch: ReplayBatch) -> ReplayOutput:
         """Log-probs and entropies of a batch.
 
