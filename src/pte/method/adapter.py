@@ -288,8 +288,9 @@ class ThoughtAdapter(nn.Module):
         return tuple(tuple(name for name in names if name in targets) for names in INPUT_GROUPS)
 
     def options(self) -> dict[str, str | int | float | list[str] | list[int]]:
-        """The options that rebuild this adapter for the same base, as plain JSON values; `layers` only where some are
-        left alone.
+        """The options that rebuild this adapter for the same base, as plain JSON values.
+
+        `layers` is among them only where some are left alone.
         """
         some = len(self.adapted_layers) < self.sizes.layers
         layers: dict[str, str | int | float | list[str] | list[int]] = (

@@ -201,12 +201,12 @@ def base_completions(
         device: Where the model runs.
     """
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.to(torch.device(device))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer([problem.problem for problem in problems], return_tensors="pt").to(device)
     longest = max(len(problem.trace.split()) for problem in problems)
     torch.manual_seed(seed)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[misc]
         **prompts,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
