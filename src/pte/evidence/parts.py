@@ -1,24 +1,25 @@
 """The parts of an evidence run, each a piece of work for one process that ends with one JSON file.
 
-Decides: what a part does: train an arm and score it in several ways (`TrainedPart`), score a base (`ScoredPart`).
-A part that was interrupted goes on from the last checkpoint of its run. What is trained and scored: `plan.py`.
+Decides: what a part does: make a base (`BasePart`), score a base (`ScoredPart`), train an arm and score it in several
+ways (`TrainedPart`), measure what an arm costs (`CostPart`). A part that was interrupted goes on from the last
+checkpoint of its run. What is trained and scored: `plan.py`; how a policy is scored: `readings.py`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pte.evidence.cost import measure_cost, memory_over_tokens
 from pte.evidence.measurements import Label, Measurement, write_part
+from pte.evidence.readings import Reading, read
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import open_run, train
 from pte.run_record import RECORD_FILE, replace_synced
-from pte.session import Session, eviction_policy, open_session, open_task
-from pte.tasks.evaluate import evaluate_session
+from pte.session import open_session
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 RUNS = "runs"
 BETWEEN_FILE = "between.json"
 CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One scoring of a policy.
-
-    Args:
-        label: What the score is about.
-        config: Its sections task, cache, eval and run say how it is scored.
-    """
-
-    label: Label
-    config: ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,34 @@ class TrainedPart:
     after: str | None = None
 
 
+@dataclass(frozen=True)
+class CostPart:
+    """What one arm costs: a GRPO step on completions of one length, and memory by length.
+
+    Args:
+        name: Of the part.
+        label: What the cost is about.
+        config: Of the arm; completions have `rollout.max_new_tokens` tokens.
+        lengths: Completion tokens at which memory is measured.
+    """
+
+    name: str
+    label: Label
+    config: ExperimentConfig
+    lengths: tuple[int, ...] = ()
+    after: str | None = None
+
+
+def run_cost(part: CostPart, directory: Path) -> None:
+    """Measures an arm."""
+    started = time.perf_counter()
+    measurements = [Measurement(part.label, name, value) for name, value in measure_cost(part.config).items()]
+    for row in memory_over_tokens(part.config, part.lengths):
+        label = replace(part.label, question="memory", setting={"tokens": row["tokens"]})
+        measurements += [Measurement(label, name, value) for name, value in row.items() if name != "tokens"]
+    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+
+
 def run_scored(part: ScoredPart, directory: Path) -> None:
     """Scores a base."""
     started = time.perf_counter()
@@ -117,24 +133,6 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
     measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
     measurements = [*between_measurements(part, own), *measurements, *curve(part, own), *costs(part, own)]
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
-
-
-def read(session: Session, reading: Reading) -> list[Measurement]:
-    """Scores a session's policy under a reading's task, cache and evaluation."""
-    config = reading.config
-    task = open_task(config, session.task.tokenizer)
-    task = replace(task, more_stop_token_ids=session.task.more_stop_token_ids)
-    policy = session.policy.with_cache(config.cache.schedule, eviction_policy(config.cache))
-    session = replace(session, task=task, policy=policy)
-    evaluation, _ = evaluate_session(session, config, name=next(iter(task.evaluation)))
-    total = evaluation.problems * evaluation.samples_per_problem
-    right = round(evaluation.accuracy * total)
-    return [
-        Measurement(reading.label, "accuracy", evaluation.accuracy, right=right, total=total),
-        Measurement(reading.label, "cache_bytes", float(evaluation.peak_cache_bytes)),
-        Measurement(reading.label, "evictions", evaluation.evictions),
-        Measurement(reading.label, "completion_tokens", evaluation.completion_tokens),
-    ]
 
 
 def between_measurements(part: TrainedPart, own: Path) -> list[Measurement]:
@@ -179,7 +177,3 @@ def metrics_rows(own: Path, *, stage: str) -> list[dict[str, float]]:
     lines = (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
-
-def accuracy_of(measurements: Sequence[Measurement]) -> float:
-    """The first accuracy among measurements."""
-    return next(one.value for one in measurements if one.metric == "accuracy")

@@ -1,114 +1,41 @@
 """What an evidence run measures: tasks, arms, seeds and questions, as a list of parts per preset.
 
 Decides: every experiment of the evidence, in the order in which parts run: seed by seed, so that a run that has not
-ended yet has all arms of its first seeds. All arms of a comparison get equal steps, batches and learning rates. What a
-part does is in `parts.py`, how bases are made in `bases.py`.
+ended yet has every question at its first seeds. All arms of a comparison get equal steps, batches and learning rates.
+What a part does is in `parts.py`, how a policy is scored in `readings.py`, which base is made how in `bases.py`.
 
-Window 8 and blocks of 2 throughout: the paper's quarter, at the length of these traces.
+Windows are 8 tokens and blocks 2 throughout, the paper's quarter, unless a question varies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pte.arms import arm_config
-from pte.config import (
-    AdapterConfig,
-    CacheConfig,
-    DistillConfig,
-    EvalConfig,
-    ExperimentConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from pte.config import CacheConfig, ExperimentConfig, RunConfig, TaskConfig
+from pte.evidence.levels import WINDOW, Level, levels_of
 from pte.evidence.measurements import Label, StageName
-from pte.evidence.parts import Reading, ScoredPart, TrainedPart
+from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
+from pte.evidence.readings import Reading, ReadingKind
 
 PresetName = Literal["quick", "full"]
 PRESETS: tuple[PresetName, ...] = ("quick", "full")
-WINDOW = CacheConfig(window_tokens=8, evict_tokens=2)
+SEEDS = {"quick": (0,), "full": (0, 1, 2)}
 MAIN_ARMS = ("lora_full", "lora_window", "lora_window_larger", "pte_paper", "pte_read", "pte_delta")
-OTHER_ARMS = ("global_only", "lora_random")
+OTHER_ARMS = ("global_only", "lora_random", "lora_h2o", "lora_rkv")
 CONTROLS = ("pte_zeroed", "pte_shuffled")
-SLOTS = 256
-Part = ScoredPart | TrainedPart
-
-
-@dataclass(frozen=True)
-class Level:
-    """One task at one length.
-
-    Args:
-        task: Name in the tables.
-        windows: Length of a right trace in windows, rounded.
-        config: The PTE experiment; arms, seeds and names are filled in.
-        base: Name of the base in `bases.py`, or None for the shipped one.
-    """
-
-    task: str
-    windows: int
-    config: ExperimentConfig
-    base: str | None = None
-
-    @property
-    def name(self) -> str:
-        """For file names."""
-        return f"{self.task}-{self.windows}w"
-
-    @property
-    def setting(self) -> dict[str, float | str]:
-        """For labels."""
-        return {"windows": self.windows}
-
-
-def level(
-    task: str,
-    windows: int,
-    shape: TaskConfig,
-    *,
-    trace_tokens: int,
-    steps: int,
-    base: Path | None = None,
-    temperature: float = 0.0,
-) -> Level:
-    """A level with the evidence's own settings of cache, optimisation and evaluation.
-
-    Args:
-        task: Name in the tables.
-        windows: Length of a right trace in windows.
-        shape: Of the problems.
-        trace_tokens: Tokens of a right trace.
-        steps: Of the warm start.
-        base: Folder of the base; None for the shipped one.
-        temperature: Of the evaluation.
-    """
-    config = ExperimentConfig(
-        model=ModelConfig(path="embedded" if base is None else str(base)),
-        adapter=AdapterConfig(rank=32, global_tokens=32, update_rule="delta"),
-        cache=WINDOW,
-        rollout=RolloutConfig(slots=SLOTS, max_new_tokens=trace_tokens + 8),
-        task=shape,
-        distill=DistillConfig(steps=steps, batch_size=16, learning_rate=3e-3, decay="linear"),
-        train=TrainConfig(steps=0, checkpoint_every=50, log_completions=False),
-        eval=EvalConfig(problems=512, max_new_tokens=trace_tokens + 8, temperature=temperature),
-    )
-    return Level(task, windows, config, base=None if base is None else base.name)
-
-
-def chained_level(statements: int, *, steps: int = 200) -> Level:
-    """Chained assignments on the shipped base; ten tokens a statement, four for the answer."""
-    tokens = 10 * statements + 4
-    shape = TaskConfig(kind="chained", num_statements=statements, num_names=statements + 4)
-    return level("chained", round(tokens / WINDOW.window_tokens), shape, trace_tokens=tokens, steps=steps)
-
-
-CHAINED = (chained_level(3), chained_level(6), chained_level(12))
+RULES = ("pte_paper", "pte_read", "pte_delta")
+CAPACITY_FACTS = (4, 8, 16, 32, 64, 128)
+CAPACITY_RANKS = (8, 16, 32, 64)
+LENGTH_ARMS = ("lora_full", "lora_window", "pte_paper", "pte_read", "pte_delta")
+GENERATED_WINDOWS = (8, 12, 24, 40, 72)
+RL_ARMS = ("pte_delta", "lora_window", "lora_full")
+COST_ARMS = ("base_full", "lora_full", "lora_window", "lora_h2o", "pte_paper", "pte_read", "pte_delta")
+MEMORY_TOKENS = (64, 128, 256, 512)
+Part = BasePart | ScoredPart | TrainedPart | CostPart
 
 
 def plan(preset: PresetName, directory: Path) -> list[Part]:
@@ -118,47 +45,208 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
         preset: `quick` or `full`.
         directory: Of the run; bases are made in it.
     """
-    levels = [*CHAINED]
+    levels = levels_of(directory)
     if preset == "quick":
-        levels = [CHAINED[1]]
-        return [*base_parts(levels), *arm_parts(levels, MAIN_ARMS, seed=0)]
-    parts: list[Part] = [*base_parts(levels)]
-    for seed in range(3):
-        parts += arm_parts(levels, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
-    return parts
+        chosen = [levels["chained-8w"], levels["recall-16"]]
+        parts = [part for one in chosen for part in (*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0))]
+        return [*needed_bases(parts, directory), *parts]
+    compared = [level for level in levels.values() if level.compared]
+    parts = [part for level in compared for part in base_parts(level)]
+    for seed in SEEDS[preset]:
+        for level in compared:
+            parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
+        parts += rl_parts(levels["chained-rl"], seed=seed)
+        parts += capacity_parts(levels["recall-16"], seed=seed)
+        parts += stream_parts(levels["recall-stream"], seed=seed)
+        parts += ablation_parts(levels["chained-8w"], seed=seed)
+        parts += transfer_parts(levels, seed=seed)
+        if seed == 0:
+            parts += cost_parts(levels["chained-8w"])
+    return [*needed_bases(parts, directory), *parts]
 
 
-def base_parts(levels: list[Level]) -> Iterator[ScoredPart]:
-    """The bases alone, under the full cache and under the window."""
-    for one in levels:
-        readings = tuple(
-            Reading(Label("arms", one.task, arm, setting=one.setting), arm_config(one.config, arm))
-            for arm in ("base_full", "base_window")
+def needed_bases(parts: Sequence[Part], directory: Path) -> list[BasePart]:
+    """The bases that parts wait for."""
+    names = dict.fromkeys(part.after for part in parts if part.after is not None)
+    return [BasePart(name=name) for name in names]
+
+
+def label(level: Level, arm: str, *, stage: StageName, seed: int, question: str = "arms") -> Label:
+    """The label of an arm's score on a level."""
+    return Label(question, level.task, arm, stage=stage, seed=seed, setting=level.setting)
+
+
+def seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
+    """The same with another seed of adapter, problems and samples."""
+    return replace(config, run=RunConfig(seed=seed))
+
+
+def base_parts(level: Level) -> Iterator[ScoredPart]:
+    """The base alone, under the full cache and under the window."""
+    readings = tuple(
+        Reading(label(level, arm, stage="none", seed=0), arm_config(level.config, arm))
+        for arm in ("base_full", "base_window")
+    )
+    yield ScoredPart(f"arms-{level.name}-base", readings, after=level.base)
+
+
+def arm_parts(level: Level, arms: Sequence[str], *, seed: int) -> Iterator[TrainedPart]:
+    """Arms of a level, warm start alone; controls are scored with the arm that they are controls of."""
+    config = seeded(level.config, seed)
+    for arm in arms:
+        readings = [
+            Reading(label(level, scored, stage="warm_start", seed=seed), arm_config(config, scored))
+            for scored in ((arm, *CONTROLS) if arm == "pte_delta" else (arm,))
+        ]
+        if arm in RULES and level.name == "chained-8w":
+            size = Label("rules", level.task, arm, stage="warm_start", seed=seed)
+            readings.append(Reading(size, arm_config(config, arm), kind="state_size"))
+        yield TrainedPart(
+            name=f"arms-{level.name}-{arm}-seed{seed}",
+            config=arm_config(config, arm),
+            readings=tuple(readings),
+            cost=label(level, arm, stage="warm_start", seed=seed, question="training"),
+            after=level.base,
         )
-        yield ScoredPart(f"arms-{one.name}-base", readings, after=one.base)
 
 
-def arm_parts(levels: list[Level], arms: tuple[str, ...], *, seed: int) -> Iterator[TrainedPart]:
-    """Every arm of every level, warm start only; the controls are scored with the arm that they are controls of."""
-    for one in levels:
-        config = replace(one.config, run=RunConfig(seed=seed))
-        for arm in arms:
-            scored = (arm, *CONTROLS) if arm == "pte_delta" else (arm,)
+def rl_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """GRPO after a short warm start, and GRPO alone; every score on samples and greedy."""
+    for arm in RL_ARMS:
+        for stage in ("both", "grpo"):
+            config = arm_config(seeded(level.config, seed), arm)
+            if stage == "grpo":
+                config = replace(config, distill=replace(config.distill, steps=0))
+            between = () if stage == "grpo" else rl_readings(level, arm, config, stage="warm_start")
             yield TrainedPart(
-                name=f"arms-{one.name}-{arm}-seed{seed}",
-                config=arm_config(config, arm),
-                readings=tuple(
-                    Reading(
-                        label(one, scored_arm, stage="warm_start", seed=seed),
-                        arm_config(config, scored_arm),
-                    )
-                    for scored_arm in scored
-                ),
-                cost=replace(label(one, arm, stage="warm_start", seed=seed), question="cost"),
-                after=one.base,
+                name=f"rl-{level.name}-{arm}-{stage}-seed{seed}",
+                config=config,
+                readings=rl_readings(level, arm, config, stage=stage),
+                between=between,
+                curve=label(level, arm, stage=stage, seed=seed, question="rl"),
+                after=level.base,
             )
 
 
-def label(one: Level, arm: str, *, stage: StageName, seed: int) -> Label:
-    """The label of an arm's score on a level."""
-    return Label("arms", one.task, arm, stage=stage, seed=seed, setting=one.setting)
+def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: StageName) -> tuple[Reading, ...]:
+    """Greedy accuracy, and the expected reward on samples, which is what GRPO raises."""
+    sampled = replace(config.eval, temperature=1.0, samples_per_problem=4, problems=256)
+    return tuple(
+        Reading(
+            Label("stages", level.task, arm, stage=stage, seed=config.run.seed, setting={"sampling": name}),
+            replace(config, eval=scores),
+        )
+        for name, scores in (("greedy", config.eval), ("temperature 1", sampled))
+    )
+
+
+def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """Recall of 4 to 128 facts: every rank with rule `delta`, every rule at rank 32."""
+    for facts in CAPACITY_FACTS:
+        for arm, rank in [("pte_delta", rank) for rank in CAPACITY_RANKS] + [("pte_read", 32), ("pte_paper", 32)]:
+            own = level.with_facts(facts)
+            config = arm_config(seeded(own, seed), arm)
+            config = replace(config, adapter=replace(config.adapter, rank=rank))
+            about = Label("capacity", level.task, arm, "warm_start", seed, {"facts": facts, "rank": rank})
+            yield TrainedPart(
+                name=f"capacity-{facts}facts-rank{rank}-{arm}-seed{seed}",
+                config=config,
+                readings=(Reading(about, config, kind="queries"),),
+                after=level.base,
+            )
+
+
+def stream_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """Streams of facts and queries: accuracy by age of eviction, and far beyond the length of the training."""
+    for arm in LENGTH_ARMS:
+        config = arm_config(seeded(level.config, seed), arm)
+        readings = []
+        if arm in RULES:
+            longest = level.stream(windows=GENERATED_WINDOWS[-1])
+            about = Label("forgetting", level.task, arm, "warm_start", seed)
+            readings.append(Reading(about, arm_config(seeded(longest, seed), arm), kind="age"))
+        for windows in GENERATED_WINDOWS:
+            setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
+            about = Label("length", level.task, arm, "warm_start", seed, setting)
+            own = arm_config(seeded(level.stream(windows=windows), seed), arm)
+            readings.append(Reading(about, own, kind="queries"))
+        yield TrainedPart(
+            name=f"stream-{arm}-seed{seed}", config=config, readings=tuple(readings), after=level.base
+        )
+
+
+def ablation_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """One factor at a time, in a training short enough to leave room; the first part is what all others vary."""
+    config = seeded(replace(level.config, distill=replace(level.config.distill, steps=120)), seed)
+    yield ablation(level, config, factor="reference", value="reference")
+    for factor, values in ADAPTER_FACTORS.items():
+        for value, change in values.items():
+            adapter = replace(config.adapter, **change)  # type: ignore[arg-type]
+            yield ablation(level, replace(config, adapter=adapter), factor=factor, value=value)
+    for value, mode, horizon in GRADIENT_MODES:
+        distill = replace(config.distill, gradient_mode=mode, horizon=horizon)
+        yield ablation(level, replace(config, distill=distill), factor="gradient_mode", value=value)
+    for evict in (1, 2, 5, 10):
+        cache = CacheConfig(window_tokens=20, evict_tokens=evict)
+        yield ablation(level, replace(config, cache=cache), factor="evicted of 20 tokens", value=f"{5 * evict} %")
+
+
+ALL_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_FACTORS: dict[str, dict[str, dict[str, object]]] = {
+    "global_tokens": {str(count): {"global_tokens": count} for count in (0, 8, 64)},
+    "rank": {str(rank): {"rank": rank} for rank in (8, 16, 64)},
+    "adapted maps": {
+        "q, v": {"targets": ("q_proj", "v_proj")},
+        "q, o, up, down": {"targets": ("q_proj", "o_proj", "up_proj", "down_proj")},
+        "attention": {"targets": ALL_MAPS[:4]},
+        "mlp": {"targets": ALL_MAPS[4:]},
+    },
+    "adapted layers": {"first": {"layers": (0,)}, "middle": {"layers": (1,)}, "last": {"layers": (2,)}},
+    "keys": {"after rotary": {"key_space": "post_rotary"}},
+}
+GRADIENT_MODES: tuple[tuple[str, Literal["exact", "horizon"], int], ...] = (
+    ("exact", "exact", 1),
+    ("horizon 1", "horizon", 1),
+    ("horizon 4", "horizon", 4),
+    ("horizon 16", "horizon", 16),
+)
+
+
+def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str) -> TrainedPart:
+    """One variant."""
+    seed = config.run.seed
+    about = Label("ablation", level.task, "pte_delta", "warm_start", seed, {"factor": factor, "value": value})
+    name = f"ablation-{factor}-{value}".replace(" ", "_").replace(",", "").replace("%", "percent")
+    return TrainedPart(
+        name=f"{name}-seed{seed}", config=config, readings=(Reading(about, config),), cost=about, after=level.base
+    )
+
+
+def transfer_parts(levels: dict[str, Level], *, seed: int) -> Iterator[TrainedPart]:
+    """Trained on one task, or on the mixture, and read on each, all on the base that knows them all."""
+    known = [level for level in levels.values() if level.transfer]
+    mixture = levels["mixture"]
+    for trained in (*known, mixture):
+        config = arm_config(seeded(trained.config, seed), "pte_delta")
+        readings = []
+        for one in known:
+            kind: ReadingKind = "queries" if one.task == "recall" else "accuracy"
+            setting: dict[str, float | str] = {"trained_on": trained.task, "read_on": one.task}
+            about = Label("transfer", "mixture", "pte_delta", "warm_start", seed, setting)
+            readings.append(Reading(about, arm_config(seeded(one.config, seed), "pte_delta"), kind=kind))
+        yield TrainedPart(
+            name=f"transfer-{trained.task}-seed{seed}", config=config, readings=tuple(readings), after=trained.base
+        )
+
+
+def cost_parts(level: Level) -> Iterator[CostPart]:
+    """Speed, FLOPs and memory of each arm on completions of 128 tokens."""
+    for arm in COST_ARMS:
+        config = arm_config(level.config, arm)
+        config = replace(
+            config,
+            rollout=replace(config.rollout, max_new_tokens=128),
+            train=replace(config.train, steps=1, prompts_per_step=8, group_size=4, micro_batch_size=32),
+        )
+        about = Label("cost", level.task, arm)
+        yield CostPart(f"cost-{arm}", about, config, lengths=MEMORY_TOKENS, after=level.base)

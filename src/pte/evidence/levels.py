@@ -1,0 +1,182 @@
+"""The tasks of the evidence and their lengths, with the settings that all arms of a level share.
+
+Decides: shapes of problems, bases, budgets of optimisation and evaluation. Does not know arms and questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pte.config import (
+    AdapterConfig,
+    CacheConfig,
+    DistillConfig,
+    EvalConfig,
+    ExperimentConfig,
+    ModelConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+WINDOW = CacheConfig(window_tokens=8, evict_tokens=2)
+SLOTS = 256
+ROOM_TOKENS = 8
+"""Tokens that a completion may be longer than a right trace."""
+BASES = "bases"
+STREAM_KEYS = 64
+STREAM_AGE = 48
+STREAM_TOKENS_PER_FACT = 3
+"""Two for the fact, and a query of two for every other fact."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One task at one length.
+
+    Args:
+        name: For file names.
+        task: Name in the tables.
+        windows: Length of a right trace in windows, rounded.
+        config: The PTE experiment; arms, seeds and names are filled in.
+        base: Name of the part that makes the base, or None for the shipped one.
+        compared: Whether all arms are compared on it.
+        transfer: Whether adapters of other tasks are read on it.
+    """
+
+    name: str
+    task: str
+    windows: int
+    config: ExperimentConfig
+    base: str | None = None
+    compared: bool = True
+    transfer: bool = False
+
+    @property
+    def setting(self) -> dict[str, float | str]:
+        """For labels."""
+        return {"windows": self.windows}
+
+    def with_facts(self, num_facts: int) -> ExperimentConfig:
+        """A recall experiment with another number of facts."""
+        queries = min(num_facts, self.config.task.num_queries)
+        shape = replace(self.config.task, num_facts=num_facts, num_queries=queries)
+        return with_shape(self.config, shape, trace_tokens=2 * (num_facts + queries) + 1)
+
+    def stream(self, *, windows: int) -> ExperimentConfig:
+        """A stream experiment at another length."""
+        return with_shape(self.config, stream_shape(windows), trace_tokens=windows * WINDOW.window_tokens)
+
+
+def level(
+    name: str,
+    shape: TaskConfig,
+    *,
+    trace_tokens: int,
+    steps: int,
+    base: Path | None = None,
+    compared: bool = True,
+    transfer: bool = False,
+) -> Level:
+    """A level with the evidence's own settings of cache, optimisation and evaluation.
+
+    Args:
+        name: Of the level.
+        shape: Of the problems.
+        trace_tokens: Tokens of a right trace.
+        steps: Of the warm start.
+        base: Folder of the base; None for the shipped one.
+        compared: Whether all arms are compared on it.
+        transfer: Whether adapters of other tasks are read on it.
+    """
+    sampled = "recall" in shape.families
+    config = ExperimentConfig(
+        model=ModelConfig(path="embedded" if base is None else str(base)),
+        adapter=AdapterConfig(rank=32, global_tokens=32, update_rule="delta"),
+        cache=WINDOW,
+        distill=DistillConfig(steps=steps, batch_size=16, learning_rate=3e-3, decay="linear"),
+        train=TrainConfig(steps=0, checkpoint_every=50, log_completions=False),
+        eval=EvalConfig(problems=512, temperature=1.0 if sampled else 0.0),
+    )
+    return Level(
+        name=name,
+        task=shape.kind,
+        windows=round(trace_tokens / WINDOW.window_tokens),
+        config=with_shape(config, shape, trace_tokens=trace_tokens),
+        base=None if base is None else f"base-{base.name}",
+        compared=compared,
+        transfer=transfer,
+    )
+
+
+def with_shape(config: ExperimentConfig, shape: TaskConfig, *, trace_tokens: int) -> ExperimentConfig:
+    """The same experiment on problems of another shape."""
+    most = trace_tokens + ROOM_TOKENS
+    return replace(
+        config,
+        task=shape,
+        rollout=RolloutConfig(slots=SLOTS, max_new_tokens=most),
+        eval=replace(config.eval, max_new_tokens=most),
+    )
+
+
+def chained_level(statements: int, *, steps: int = 200) -> Level:
+    """Chained assignments on the shipped base; ten tokens a statement, four for the answer."""
+    tokens = 10 * statements + 4
+    shape = TaskConfig(kind="chained", num_statements=statements, num_names=statements + 4)
+    return level(f"chained-{round(tokens / WINDOW.window_tokens)}w", shape, trace_tokens=tokens, steps=steps)
+
+
+def stream_shape(windows: int) -> TaskConfig:
+    """Facts with a query after every other one; keys are written again and again."""
+    facts = windows * WINDOW.window_tokens // STREAM_TOKENS_PER_FACT
+    return TaskConfig(
+        kind="recall", num_facts=facts, num_queries=facts // 2, num_keys=STREAM_KEYS, max_age=STREAM_AGE
+    )
+
+
+def with_grpo(level: Level) -> ExperimentConfig:
+    """A short warm start and GRPO."""
+    train = replace(
+        level.config.train,
+        steps=100,
+        prompts_per_step=32,
+        group_size=4,
+        micro_batch_size=128,
+        loss="dapo",
+        learning_rate=2e-4,
+        warmup_steps=5,
+    )
+    return replace(level.config, train=train)
+
+
+def levels_of(directory: Path) -> dict[str, Level]:
+    """All levels by name.
+
+    Args:
+        directory: Of the run, which holds the bases.
+    """
+    bases = directory / BASES
+    recall = TaskConfig(kind="recall", num_facts=16, num_queries=8, num_keys=64)
+    permutation = TaskConfig(kind="permutation")
+    multiplication = TaskConfig(kind="multiplication")
+    rl = replace(chained_level(4, steps=60), name="chained-rl", compared=False)
+    found = [
+        chained_level(3),
+        chained_level(6),
+        chained_level(12),
+        replace(rl, config=with_grpo(rl)),
+        level("recall-16", recall, trace_tokens=49, steps=200, base=bases / "recall", transfer=True),
+        level(
+            "recall-stream",
+            stream_shape(16),
+            trace_tokens=16 * WINDOW.window_tokens,
+            steps=200,
+            base=bases / "recall",
+            compared=False,
+        ),
+        level("permutation", permutation, trace_tokens=74, steps=200, base=bases / "permutation"),
+        level("multiplication", multiplication, trace_tokens=43, steps=200, base=bases / "multiplication"),
+    ]
+    return {one.name: one for one in found}

@@ -1,0 +1,186 @@
+"""How a policy of the evidence is scored: accuracy, recall by age of eviction, the size of its state.
+
+Decides: what is measured of a trained policy on a task that may be another than the one it was trained on, under a
+cache that may be another. Does not know how it was trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from pte.evidence.measurements import Label, Measurement
+from pte.method.attention import StretchAttention, stretch_mask
+from pte.method.cache import EvictedTokens
+from pte.model.segment import fold, run_layers
+from pte.rollout.replay import expanded_first_state
+from pte.session import Session, eviction_policy, open_task
+from pte.tasks.evaluate import evaluate_session
+from pte.tasks.recall import VALUES, read_completion
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from pte.config import ExperimentConfig
+    from pte.method.schedule import EvictionSchedule
+    from pte.tasks.evaluate import EvaluatedCompletion
+
+ReadingKind = Literal["accuracy", "age", "queries", "state_size"]
+STATE_EVICTIONS = 10_000
+STATE_PROBLEMS = 8
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One scoring of a policy.
+
+    Args:
+        label: What the score is about.
+        config: Its sections task, cache, eval and run say how it is scored.
+        kind: `accuracy` of whole completions; on recall, share of right `queries`, or the same by `age` of eviction;
+            `state_size` over 10,000 evictions.
+    """
+
+    label: Label
+    config: ExperimentConfig
+    kind: ReadingKind = "accuracy"
+
+
+def read(session: Session, reading: Reading) -> list[Measurement]:
+    """Scores a session's policy under a reading's task, cache and evaluation."""
+    config = reading.config
+    task = open_task(config, session.task.tokenizer)
+    task = replace(task, more_stop_token_ids=session.task.more_stop_token_ids)
+    policy = session.policy.with_cache(config.cache.schedule, eviction_policy(config.cache))
+    session = replace(session, task=task, policy=policy)
+    if reading.kind == "state_size":
+        return state_sizes(session, reading.label)
+    evaluation, completions = evaluate_session(session, config, name=next(iter(task.evaluation)))
+    if reading.kind == "age":
+        return accuracy_by_age(completions, reading.label, schedule=config.cache.schedule)
+    if reading.kind == "queries":
+        asked = [right for one in completions for right, _ in scored_queries(one, config.cache.schedule)]
+        value = sum(asked) / len(asked)
+        return [Measurement(reading.label, "accuracy", value, right=sum(asked), total=len(asked))]
+    total = evaluation.problems * evaluation.samples_per_problem
+    right = round(evaluation.accuracy * total)
+    return [
+        Measurement(reading.label, "accuracy", evaluation.accuracy, right=right, total=total),
+        Measurement(reading.label, "cache_bytes", float(evaluation.peak_cache_bytes)),
+        Measurement(reading.label, "evictions", evaluation.evictions),
+        Measurement(reading.label, "completion_tokens", evaluation.completion_tokens),
+    ]
+
+
+def accuracy_by_age(
+    completions: Sequence[EvaluatedCompletion], label: Label, *, schedule: EvictionSchedule
+) -> list[Measurement]:
+    """Share of right answers to queries by how many evictions ago the asked value left, in octaves; 0 is "still kept".
+
+    Args:
+        completions: Of the recall task.
+        label: What they are about.
+        schedule: That they were sampled under, oldest first.
+    """
+    right: Counter[int] = Counter()
+    total: Counter[int] = Counter()
+    for one in completions:
+        for correct, age in scored_queries(one, schedule):
+            octave = 0 if age <= 0 else 2 ** int(math.log2(age))
+            right[octave] += correct
+            total[octave] += 1
+    return [
+        Measurement(
+            replace(label, setting={**label.setting, "evictions_ago": age}),
+            "accuracy",
+            right[age] / total[age],
+            right=right[age],
+            total=total[age],
+        )
+        for age in sorted(total)
+    ]
+
+
+def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) -> list[tuple[bool, int]]:
+    """For every query of a recall problem, whether it is right and how many evictions ago its value left.
+
+    The value with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
+    q - 1 enters. Where a completion does not carry out the operations, every query is wrong.
+    """
+    operations = completion.problem.answer
+    found = read_completion(completion.text, operations)
+    laid_out = found or read_completion(" ".join(f"{operation} {VALUES[0]}" for operation in operations.split()), operations)
+    assert laid_out is not None
+    block = schedule.evict_tokens
+    return [
+        (
+            found is not None and query.right,
+            0 if block is None else schedule.evictions_before(query.query_token - 1) - query.fact_token // block,
+        )
+        for query in laid_out.queries
+    ]
+
+
+@torch.no_grad()
+def state_sizes(session: Session, label: Label) -> list[Measurement]:
+    """Largest |S| over layers and sequences, before normalisation and as it is read, after 1, 2, 4 ... evictions.
+
+    Real keys and values of right traces are folded again and again, in blocks of the schedule, 10,000 times.
+    """
+    policy = session.policy
+    adapter = policy.adapter
+    assert adapter is not None and adapter.encoder is not None
+    blocks = trace_blocks(session)
+    state = expanded_first_state(policy, STATE_PROBLEMS)
+    assert state is not None
+    measurements = []
+    for eviction in range(1, STATE_EVICTIONS + 1):
+        state = fold(policy, state, blocks[eviction % len(blocks)])
+        if eviction & (eviction - 1) == 0 or eviction == STATE_EVICTIONS:
+            here = replace(label, setting={**label.setting, "evictions": eviction})
+            read_state = adapter.encoder.read(state)
+            measurements += [
+                Measurement(here, "state_norm", state.norm(dim=(2, 3)).max().item()),
+                Measurement(here, "read_norm", read_state.norm(dim=(2, 3)).max().item()),
+            ]
+    return measurements
+
+
+def trace_blocks(session: Session) -> list[EvictedTokens]:
+    """Keys and values of right traces under the full cache, in blocks as they would be evicted."""
+    policy, task = session.policy, session.task
+    problems = [task.training(index) for index in range(STATE_PROBLEMS)]
+    rows = []
+    for one in problems:
+        assert one.trace is not None
+        rows.append(task.prompt_ids(one.problem) + task.completion_ids(one.trace))
+    length = min(map(len, rows))
+    tokens = torch.tensor([row[:length] for row in rows], device=policy.device)
+    nothing = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=policy.device)
+    attention = StretchAttention(
+        None, None, mask=stretch_mask(nothing, torch.ones_like(tokens).bool(), dtype=policy.dtype), segments=1
+    )
+    positions = torch.arange(length, device=policy.device).expand_as(tokens)
+    run_layers(policy, tokens, positions=positions, attention=attention, states=None, weights=None)
+
+    def stacked(stored: dict[int, Tensor]) -> Float[Tensor, "layers batch tokens kv_dim"]:
+        return torch.stack([stored[layer].transpose(1, 2).flatten(2) for layer in sorted(stored)])
+
+    keys, values = stacked(attention.new_keys), stacked(attention.new_values)
+    block = policy.schedule.evict_tokens
+    assert block is not None
+    starts = range(0, length - block + 1, block)
+    return [
+        EvictedTokens(
+            keys=keys[:, :, start : start + block],
+            values=values[:, :, start : start + block],
+            positions=positions[:, start : start + block],
+        )
+        for start in starts
+    ]
