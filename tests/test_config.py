@@ -70,6 +70,11 @@ modulus = 7
 min_distance = 2
 max_distance = 3
 num_names = 20
+mixture = ["recall"]
+num_facts = 5
+num_queries = 2
+num_keys = 8
+max_age = 4
 [distill]
 steps = 0
 batch_size = 3
@@ -158,6 +163,16 @@ def write(directory: Path, text: str) -> Path:
         (lambda: RolloutConfig(max_new_tokens=0), "max_new_tokens must be at least 1"),
         (lambda: RolloutConfig(slots=0), "slots must be at least 1"),
         (lambda: TaskConfig(kind="jsonl"), "train_path must name a file, or eval_paths some"),
+        (lambda: TaskConfig(kind="mixture"), "mixture must name two or more kinds, each once, with kind 'mixture'"),
+        (lambda: TaskConfig(kind="mixture", mixture=("recall",)), "mixture must name two or more kinds"),
+        (lambda: TaskConfig(kind="mixture", mixture=("recall", "recall")), "mixture must name two or more kinds"),
+        (lambda: TaskConfig(num_facts=0), "num_facts must be at least 1, got 0; use 1 or more"),
+        (lambda: TaskConfig(num_keys=1), "num_keys must be at least 2"),
+        (lambda: TaskConfig(max_age=0), "max_age must be at least 1"),
+        (
+            lambda: ExperimentConfig(task=TaskConfig(kind="recall")),
+            r"eval.temperature must be above 0 with problems of 'recall' \(completions choose values at random\)",
+        ),
         (lambda: TaskConfig(eval_paths=("a", "a")), "eval_paths must name each file once"),
         (lambda: TaskConfig(prompt_template="{problem}"), "prompt_template must be one of 'auto', 'chat', 'plain'"),
         (lambda: TaskConfig(reward="my_rewards"), "reward must be 'math', 'exact' or 'module:function'"),

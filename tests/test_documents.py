@@ -14,6 +14,7 @@ import pytest
 from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS, load_experiment, read_experiment_file
+from pte.tasks.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -100,13 +101,17 @@ def pairs(node: ast.Assign) -> list[tuple[str, ast.expr]]:
     return plain
 
 
-# Read inside the configuration itself: the schedule and the eviction policy get them, under a property's name.
-READ_BY_A_PROPERTY = {("cache", "window_tokens"): "schedule", ("cache", "evict_tokens"): "schedule"}
+# Read inside the configuration itself: the schedule, the eviction policy and the task get them, as a property.
+READ_BY_A_PROPERTY = {
+    ("cache", "window_tokens"): "schedule",
+    ("cache", "evict_tokens"): "schedule",
+    ("task", "mixture"): "families",
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_field_of_a_section_is_read_somewhere(section: str) -> None:
-    read = fields_read()
+    read = fields_read() | {("task", name) for family in FAMILIES.values() for name in family.shape_fields}
     for field in dataclasses.fields(SECTIONS[section]):
         name = READ_BY_A_PROPERTY.get((section, field.name), field.name)
         assert (section, name) in read, f"nothing reads {section}.{field.name}"

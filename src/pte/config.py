@@ -14,6 +14,7 @@ from typing import Literal
 from pte.config_rules import check_types, require, require_above_zero, require_at_least
 from pte.config_stages import DistillConfig, EvalConfig, RolloutConfig, TrainConfig
 from pte.method.schedule import EvictionSchedule
+from pte.tasks.families import FAMILIES
 
 GeneratedKind = Literal["chained", "recall", "permutation", "multiplication"]
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -317,6 +318,14 @@ class ExperimentConfig:
             rule=f"be a number with task.kind {self.task.kind!r} (generated problems have no end)",
             value=self.eval.problems,
             remedy="use for example 512",
+        )
+        sampled = [name for name in self.task.families if FAMILIES[name].sampled]
+        require(
+            not sampled or self.eval.temperature > 0,
+            "eval.temperature",
+            rule=f"be above 0 with problems of {', '.join(map(repr, sampled))} (completions choose values at random)",
+            value=self.eval.temperature,
+            remedy="use 1.0",
         )
 
     def check_trainable(self) -> None:

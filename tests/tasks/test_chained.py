@@ -14,15 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pte.tasks.chained import (
     MAX_STATEMENTS,
     VARIABLE_NAMES,
-    ChainedProblem,
     answer_is_right,
     embedded_model_dir,
     generate_problems,
     parse_answer,
-    split_of,
     trace_is_right,
     vocabulary,
 )
+from pte.tasks.generated import GeneratedProblem, split_of
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def test_the_same_seed_draws_the_same_problems_and_another_seed_others(seed: int
 
 def test_a_seed_draws_the_problem_it_has_always_drawn() -> None:
     (problem,) = generate_problems(1, seed=5, split="heldout", num_statements=2)
-    assert problem == ChainedProblem(
+    assert problem == GeneratedProblem(
         id="chained-heldout-8844058ad0e0ed2e",
         problem="FF2 Y2 T4 B1 #1 T Y X #2 T X a ? a",
         answer="0",
@@ -240,7 +239,7 @@ def test_the_worked_example() -> None:
     # A=7; B = A + C = 7 + 5 = 12 = 2 mod 10; D = B + A = 2 + 7 = 9.
     prompt = parse_prompt("A7 C5 #1 A C B #2 B A D ? D")
     assert value_of("B", prompt, 10) == 2
-    problem = ChainedProblem(
+    problem = GeneratedProblem(
         id="worked",
         problem="A7 C5 #1 A C B #2 B A D ? D",
         answer=str(value_of("D", prompt, 10)),
@@ -287,7 +286,7 @@ def test_an_answer_is_read_only_from_a_well_formed_end(completion: str, answer: 
 
 
 @given(problem=shapes().map(lambda shape: generate_problems(1, **shape)[0]))
-def test_an_empty_completion_is_wrong_and_the_prompt_is_no_answer(problem: ChainedProblem) -> None:
+def test_an_empty_completion_is_wrong_and_the_prompt_is_no_answer(problem: GeneratedProblem) -> None:
     assert not answer_is_right("", problem.answer)
     assert not trace_is_right("", problem)
     assert not answer_is_right(problem.problem, problem.answer)

@@ -9,23 +9,17 @@ import pytest
 
 from pte.learn.rewards import math_reward
 from pte.model.load import load_tokenizer
-from pte.tasks.chained import embedded_model_dir, split_of
-from pte.tasks.task import chained_task, jsonl_task, last_line, load_traces
+from pte.tasks.chained import embedded_model_dir
+from pte.tasks.families import FAMILIES
+from pte.tasks.generated import split_of
+from pte.tasks.task import generated_task, jsonl_task, last_line, load_traces
 from short_runs import odd_ids, text_model, write_problems, write_traces
 
 
 def chained(**changes: object):
-    settings = {
-        "seed": 0,
-        "eval_problems": 5,
-        "num_statements": 4,
-        "num_constants": 4,
-        "modulus": 10,
-        "min_distance": 1,
-        "max_distance": None,
-        "num_names": None,
-    }
-    return chained_task(load_tokenizer(embedded_model_dir()), **{**settings, **changes})
+    settings = {"seed": 0, "eval_problems": 5, "shapes": {"chained": {"num_statements": 4}}}
+    families = {"chained": FAMILIES["chained"]}
+    return generated_task(load_tokenizer(embedded_model_dir()), families, **{**settings, **changes})
 
 
 def from_files(tmp_path: Path, **changes: object):

@@ -28,8 +28,8 @@ RECORD_FILE = "training.json"
 """Written last: a folder that has it holds a whole base."""
 PROGRESS_EVERY = 25
 
-DrawBatch = Callable[[random.Random], Sequence[GeneratedProblem]]
-"""Problems of one training step, all of one length; draws from the generator only."""
+DrawBatch = Callable[[random.Random, float], Sequence[GeneratedProblem]]
+"""Problems of one training step, all of one length, from a generator and the part of the training done, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class BaseSize:
     num_kv_heads: int = 2
     max_positions: int = 8192
     """`max_position_embeddings`: how far prompt and completion may go together."""
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights. Narrow models find their attention patterns sooner from larger ones."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: BaseSize) -> Qwen2ForC
             num_attention_heads=size.num_heads,
             num_key_value_heads=size.num_kv_heads,
             max_position_embeddings=size.max_positions,
+            initializer_range=size.initializer_range,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -145,7 +148,7 @@ def train_base(
         fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = settings.peak_lr * rise * fall
-        token_ids, prompt_tokens = encode_batch(draw_batch(rng), tokenizer)
+        token_ids, prompt_tokens = encode_batch(draw_batch(rng, step / settings.steps), tokenizer)
         token_ids = token_ids.to(settings.device)
         hidden = model.model(token_ids, use_cache=False).last_hidden_state[:, prompt_tokens - 1 : -1]
         logits, targets = model.lm_head(hidden).flatten(0, 1), token_ids[:, prompt_tokens:].flatten()
@@ -197,13 +200,19 @@ def base_completions(
         seed: Of the samples.
         device: Where the model runs.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.to(torch.device(device))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer([problem.problem for problem in problems], return_tensors="pt").to(device)
     longest = max(len(problem.trace.split()) for problem in problems)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     torch.manual_seed(seed)
-    ids = model.generate(**prompts, **({"do_sample": False} | sampling), max_new_tokens=longest)
+    ids = model.generate(
+        **prompts,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature else None,
+        max_new_tokens=longest,
+    )
     return tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :])
 
 
