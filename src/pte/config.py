@@ -228,7 +228,9 @@ class TaskConfig:
     num_reveals: int = 4
     """Permutation: how often the trace writes the running permutation, the answer included."""
     steps_per_reveal: int = 6
-    """Permutation: generators between two reveals; the trace has two tokens for each, five for a reveal, plus two."""
+    """Permutation: steps between two reveals; the trace has two tokens for each, five for a reveal, plus two."""
+    moves_per_reveal: int | None = None
+    """Permutation: how many of these steps apply a generator, the others rest; unset for all."""
     num_generators: int = 2
     """Permutation: generators to draw from, of swap, turn and flip."""
     left_digits: int = 3
@@ -277,6 +279,7 @@ class TaskConfig:
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
         for name in ("left_digits", "right_digits"):
             require_at_least(1, name, value=getattr(self, name), remedy="use 1 or more")
+        require_at_least(1, "moves_per_reveal", value=self.moves_per_reveal, remedy="leave it out for all")
 
     @property
     def families(self) -> tuple[str, ...]:

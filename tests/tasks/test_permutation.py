@@ -1,5 +1,7 @@
 """Claims about permutation composition: what is drawn, what is revealed when, what counts as right."""
 
+import re
+from collections import Counter
 from itertools import permutations
 from typing import Any
 
@@ -12,6 +14,7 @@ from pte.tasks.permutation import (
     FAMILY,
     GENERATORS,
     MAX_STEPS,
+    REST,
     generate_problems,
     parse_answer,
     vocabulary,
@@ -21,19 +24,32 @@ from pte.tasks.permutation import (
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
     """Permitted arguments of `generate_problems`."""
-    steps_per_reveal = draw(st.integers(1, 21))
+    steps_per_reveal = draw(st.integers(1, 16))
     return {
         "seed": draw(st.integers(0, 2**32)),
         "split": draw(st.sampled_from(["train", "heldout"])),
         "num_reveals": draw(st.integers(1, min(6, MAX_STEPS // steps_per_reveal))),
         "steps_per_reveal": steps_per_reveal,
+        "moves_per_reveal": draw(st.none() | st.integers(1, steps_per_reveal)),
         "num_generators": draw(st.integers(2, 3)),
     }
+
+
+IMAGES_OF_A_STEP = GENERATORS | {REST: (1, 2, 3, 4, 5)}
 
 
 def matrix(images: tuple[int, ...]) -> list[list[int]]:
     """The permutation matrix: row i has its 1 in the column of i's image."""
     return [[int(image == column) for column in range(1, 6)] for image in images]
+
+
+def step_names(prompt: str) -> list[str]:
+    """Names of a prompt's steps; their numbers count up, and the head names how many there are."""
+    head, _, *steps = prompt.split()[:-5]
+    numbers, names = zip(*(re.fullmatch(r"(\d+)([a-z]+)", step).groups() for step in steps), strict=True)
+    assert numbers == tuple(str(1 + index) for index in range(len(steps)))
+    assert head == f"?{len(steps)}"
+    return list(names)
 
 
 def product(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:
@@ -47,33 +63,51 @@ def test_the_answer_is_the_product_of_all_permutation_matrices_of_the_prompt(sha
     for problem in generate_problems(3, **shape):
         words = problem.problem.split()
         running = matrix(tuple(int(word[2]) for word in words[-5:]))
-        for name in words[1:-5:2]:
-            running = product(running, matrix(GENERATORS[name]))
+        for name in step_names(problem.problem):
+            running = product(running, matrix(IMAGES_OF_A_STEP[name]))
         assert problem.answer == " ".join(str(1 + row.index(1)) for row in running)
         assert parse_answer(problem.trace) == problem.answer
 
 
 @given(shape=shapes())
-def test_the_trace_is_the_prompt_with_the_state_after_each_numbered_reveal(shape: dict[str, Any]) -> None:
+def test_the_trace_repeats_the_steps_and_reveals_the_state_as_often_as_the_prompt_says(shape: dict[str, Any]) -> None:
     for problem in generate_problems(3, **shape):
-        prompt, trace = problem.problem.split(), problem.trace.split()
+        prompt, names = problem.problem.split(), step_names(problem.problem)
         state = dict(word.split(">") for word in prompt[-5:])
-        last = shape["num_reveals"] * shape["steps_per_reveal"]
+        period = int(prompt[1].removeprefix("/"))
+        assert (period, len(names)) == (shape["steps_per_reveal"], shape["num_reveals"] * shape["steps_per_reveal"])
         expected = []
-        for step in range(1, last + 1):
-            number, name = prompt[2 * step - 2 : 2 * step]
-            state = {point: str(GENERATORS[name][int(value) - 1]) for point, value in state.items()}
-            expected += [number, name]
-            assert number == ("=" if step % shape["steps_per_reveal"] == 0 else "#") + str(step)
-            expected += ["=>"] * (step == last)
-            expected += [f"{point}>{value}" for point, value in state.items()] * number.startswith("=")
-        assert trace == [*expected, "<eos>"]
+        for number, name in enumerate(names, start=1):
+            state = {point: str(IMAGES_OF_A_STEP[name][int(value) - 1]) for point, value in state.items()}
+            expected += [f"#{number}", f"{number}{name}"]
+            expected += ["=>"] * (number == len(names))
+            expected += [f"{point}>{value}" for point, value in state.items()] * (number % period == 0)
+        assert problem.trace.split() == [*expected, "<eos>"]
 
 
-def test_a_trace_has_two_tokens_a_generator_and_five_a_reveal_and_two() -> None:
+@given(shape=shapes())
+def test_every_stretch_between_reveals_has_the_asked_number_of_moves(shape: dict[str, Any]) -> None:
+    steps = shape["steps_per_reveal"]
+    for problem in generate_problems(3, **shape):
+        names = step_names(problem.problem)
+        stretches = [names[start : start + steps] for start in range(0, len(names), steps)]
+        assert {sum(name != REST for name in names) for names in stretches} == {shape["moves_per_reveal"] or steps}
+        assert set(names) <= {*list(GENERATORS)[: shape["num_generators"]], REST}
+
+
+def test_moves_stand_at_every_place_and_are_every_generator_about_equally_often() -> None:
+    counts: Counter[tuple[int, str]] = Counter()
+    for problem in generate_problems(600, seed=0, split="train", num_reveals=1, moves_per_reveal=3):
+        counts.update(enumerate(step_names(problem.problem)))
+    expected = {"rest": 300, "swap": 150, "turn": 150}
+    assert len(counts) == 18
+    assert all(abs(count - expected[name]) < 60 for (_, name), count in counts.items())
+
+
+def test_a_trace_has_two_tokens_a_step_and_five_a_reveal_and_two() -> None:
     for problem in generate_problems(4, seed=0, split="train", num_reveals=3, steps_per_reveal=6):
         assert len(problem.trace.split()) == 2 * 18 + 5 * 3 + 2
-        assert len(problem.problem.split()) == 2 * 18 + 5
+        assert len(problem.problem.split()) == 2 + 18 + 5
 
 
 def test_the_generators_of_the_default_reach_all_120_permutations() -> None:
@@ -108,7 +142,7 @@ def test_every_word_is_in_the_vocabulary_once(shape: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [
-        ("=6 turn => 1>3 2>1 3>5 4>4 5>2 <eos>", "3 1 5 4 2"),
+        ("#6 6turn => 1>3 2>1 3>5 4>4 5>2 <eos>", "3 1 5 4 2"),
         ("=> 1>3 2>1 3>5 4>4 5>2", "3 1 5 4 2"),
         ("=> 1>3 2>1 3>5 4>4 5>2 <eos> #7", "3 1 5 4 2"),
         ("", None),
@@ -117,7 +151,7 @@ def test_every_word_is_in_the_vocabulary_once(shape: dict[str, Any]) -> None:
         ("=> 1>3 2>1 3>5 4>4 5>3", None),
         ("=> 2>1 1>3 3>5 4>4 5>2", None),
         ("=> 1>3 2>1 3>5 4>4 5>2 #7", None),
-        ("=> 1>3 2>1 3>5 4>4 swap", None),
+        ("=> 1>3 2>1 3>5 4>4 6swap", None),
         ("=> 1>1 2>2 3>3 4>4 5>5 => 1>3 2>1 3>5 4>4 5>2", None),
     ],
 )
@@ -128,7 +162,7 @@ def test_only_one_whole_permutation_behind_the_last_marker_is_an_answer(completi
 def test_a_right_state_that_is_not_the_last_is_wrong() -> None:
     problem = generate_problems(1, seed=0, split="train", num_reveals=2)[0]
     words = problem.trace.split()
-    reveal = words.index("=6") + 2
+    reveal = words.index("#6") + 2
     early = " ".join((*words[:reveal], "=>", *words[reveal : reveal + 5], "<eos>"))
     assert FAMILY.accuracy(completions=[problem.trace, early], answer=[problem.answer] * 2) == [1.0, 0.0]
 
@@ -139,9 +173,11 @@ def test_a_right_state_that_is_not_the_last_is_wrong() -> None:
         ({"count": -1}, r"count must be at least 0, got -1"),
         ({"seed": -1}, r"seed must be at least 0, got -1"),
         ({"split": "test"}, r"split must be 'train' or 'heldout', got 'test'"),
-        ({"num_reveals": 0}, r"num_reveals must be from 1 to 10 .* got 0"),
-        ({"num_reveals": 11}, r"num_reveals must be from 1 to 10 \(with 6 steps_per_reveal, 63 steps in all\), got 11"),
-        ({"steps_per_reveal": 64}, r"steps_per_reveal must be from 1 to 63, got 64; use 6"),
+        ({"num_reveals": 0}, r"num_reveals must be from 1 to 8 .* got 0"),
+        ({"num_reveals": 9}, r"num_reveals must be from 1 to 8 \(with 6 steps_per_reveal, 48 steps in all\), got 9"),
+        ({"steps_per_reveal": 49}, r"steps_per_reveal must be from 1 to 48, got 49; use 6"),
+        ({"moves_per_reveal": 0}, r"moves_per_reveal must be from 1 to steps_per_reveal \(6\), got 0; use None"),
+        ({"moves_per_reveal": 7}, r"moves_per_reveal must be from 1 to steps_per_reveal \(6\), got 7; use None"),
         ({"num_generators": 1}, r"num_generators must be from 2 to 3, got 1; use 2"),
         ({"num_generators": 4}, r"num_generators must be from 2 to 3, got 4; use 2"),
     ],

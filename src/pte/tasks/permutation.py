@@ -3,17 +3,15 @@
 Decides what a problem looks like, which problems are held out, and what counts as a right answer.
 Plain Python: knows no tensors, no tokenizer and no model. Every token is a word between spaces.
 
-A prompt numbers its generators and ends with the start permutation, one token for each image (`2>5`: 2 goes to 5).
-Generators at which the state is revealed are numbered `=k`, all others `#k`:
+A prompt asks for the state after so many steps (`?12`) and says how often to reveal it on the way (`/6`); then come the
+steps, each with its number in one token (`7swap`), and the start permutation, a token for each image (`2>5`: 2 goes to
+5). The trace repeats step by step and writes the running permutation after every sixth, the last one after `=>`:
 
-    #1 swap #2 turn ... =6 turn #7 swap ... =12 turn 1>3 2>1 3>5 4>4 5>2
+    prompt  <bos> ?12 /6 1swap 2turn ... 12turn 1>3 2>1 3>5 4>4 5>2
+    trace   #1 1swap #2 2turn ... #6 6turn 1>4 2>2 3>1 4>5 5>3 #7 7swap ... #12 12turn => 1>1 2>3 3>2 4>4 5>5 <eos>
 
-The trace copies the numbered generators and writes the running permutation after each `=k`, the last one after `=>`:
-
-    #1 swap #2 turn ... =6 turn 1>4 2>2 3>1 4>5 5>3 #7 swap ... =12 turn => 1>1 2>3 3>2 4>4 5>5 <eos>
-
-Every image passes through every generator, in order (generator after state). With six generators to a reveal, 12 tokens
-lie between the last image of a reveal and the first of the next. A window shorter than that holds no image of the state
+Every image passes through every generator, in order (generator after state). With six steps to a reveal, 12 tokens lie
+between the last image of a reveal and the first of the next. A window shorter than that holds no image of the state
 that the next one is computed from: it must come from a memory of evicted tokens, and be carried on by computing. The
 prompt alone gives the answer only to who composes all generators at once.
 """
@@ -39,7 +37,9 @@ from pte.tasks.generated import (
 DEGREE = 5
 GENERATORS = {"swap": (2, 1, 3, 4, 5), "turn": (2, 3, 4, 5, 1), "flip": (5, 4, 3, 2, 1)}
 """Images of 1 to 5 by name; the first two generate all 120 permutations."""
-MAX_STEPS = 63
+REST = "rest"
+"""A step that leaves the state as it is."""
+MAX_STEPS = 48
 
 
 def generate_problems(
@@ -49,6 +49,7 @@ def generate_problems(
     split: Split,
     num_reveals: int = 4,
     steps_per_reveal: int = 6,
+    moves_per_reveal: int | None = None,
     num_generators: int = 2,
 ) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
@@ -62,6 +63,8 @@ def generate_problems(
         split: "train" or "heldout".
         num_reveals: How often the running permutation is written, the answer included.
         steps_per_reveal: Generators between two of them; twice as many tokens.
+        moves_per_reveal: How many of these steps, at random places, apply a generator, the others `rest`; None for
+            all of them. With fewer there is less to compute over the same distance.
         num_generators: Generators that problems draw from, the first ones of `GENERATORS`.
 
     Raises:
@@ -79,13 +82,19 @@ def generate_problems(
         value=num_reveals,
         remedy=f"{most} or fewer, or fewer steps_per_reveal",
     )
+    moves = steps_per_reveal if moves_per_reveal is None else moves_per_reveal
+    rule = f"be from 1 to steps_per_reveal ({steps_per_reveal})"
+    require_shape(
+        1 <= moves <= steps_per_reveal, "moves_per_reveal", rule=rule, value=moves_per_reveal, remedy="None for all"
+    )
     rule = f"be from 2 to {len(GENERATORS)}"
     require_shape(2 <= num_generators <= len(GENERATORS), "num_generators", rule=rule, value=num_generators, remedy="2")
     drawn = _draw_problems(
         random.Random(seed),
         split=split,
-        num_steps=num_reveals * steps_per_reveal,
+        num_reveals=num_reveals,
         steps_per_reveal=steps_per_reveal,
+        moves=moves,
         names=tuple(GENERATORS)[:num_generators],
     )
     return [next(drawn) for _ in range(count)]
@@ -113,8 +122,10 @@ def parse_answer(completion_text: str) -> str | None:
 
 def vocabulary() -> list[str]:
     """Every token of the task, in the order of its ids; independent of shape and split."""
-    numbers = [mark + str(number) for mark in "#=" for number in range(1, MAX_STEPS + 1)]
-    return [*COMMON_TOKENS, *numbers, *GENERATORS, *_IMAGES]
+    counted = range(1, MAX_STEPS + 1)
+    numbers = [f"{mark}{number}" for mark in "#?/" for number in counted]
+    steps = [f"{number}{name}" for number in counted for name in (*GENERATORS, REST)]
+    return [*COMMON_TOKENS, *numbers, *steps, *_IMAGES]
 
 
 _POINTS = range(1, DEGREE + 1)
@@ -122,28 +133,35 @@ _IMAGES = {f"{point}>{value}": (point, value) for point in _POINTS for value in 
 
 
 def _draw_problems(
-    rng: random.Random, *, split: Split, num_steps: int, steps_per_reveal: int, names: Sequence[str]
+    rng: random.Random, *, split: Split, num_reveals: int, steps_per_reveal: int, moves: int, names: Sequence[str]
 ) -> Iterator[GeneratedProblem]:
     """Endless problems of one split: draws until the hash of the text falls into it."""
     while True:
         state = rng.sample(_POINTS, DEGREE)
-        steps = rng.choices(names, k=num_steps)
-        numbered = [
-            f"{'=' if step % steps_per_reveal == 0 else '#'}{step} {name}" for step, name in enumerate(steps, start=1)
-        ]
-        problem = " ".join((*numbered, _written(state)))
+        steps = [name for _ in range(num_reveals) for name in _draw_steps(rng, names, moves, steps_per_reveal)]
+        numbered = [f"{number}{name}" for number, name in enumerate(steps, start=1)]
+        problem = " ".join((f"?{len(steps)}", f"/{steps_per_reveal}", *numbered, _written(state)))
         if split_of(problem) != split:
             continue
         trace = []
-        for step, name in enumerate(steps, start=1):
-            trace.append(numbered[step - 1])
-            state = [GENERATORS[name][value - 1] for value in state]
-            if step == num_steps:
+        for number, name in enumerate(steps, start=1):
+            trace.append(f"#{number} {number}{name}")
+            if name != REST:
+                state = [GENERATORS[name][value - 1] for value in state]
+            if number == len(steps):
                 trace.append(ANSWER_TOKEN)
-            if step % steps_per_reveal == 0:
+            if number % steps_per_reveal == 0:
                 trace.append(_written(state))
         trace_text = " ".join((*trace, EOS_TOKEN))
         yield named_problem("permutation", problem=problem, answer=" ".join(map(str, state)), trace=trace_text)
+
+
+def _draw_steps(rng: random.Random, names: Sequence[str], moves: int, steps_per_reveal: int) -> list[str]:
+    """The steps up to a reveal: moves at random places, in the order drawn."""
+    steps = [REST] * steps_per_reveal
+    for place in rng.sample(range(steps_per_reveal), moves):
+        steps[place] = rng.choice(names)
+    return steps
 
 
 def _written(state: Sequence[int]) -> str:
