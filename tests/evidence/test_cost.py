@@ -11,8 +11,15 @@ import torch
 from pte.bench.memory import probe_available
 from pte.compare import arm_config
 from pte.config import ExperimentConfig
-from pte.evidence.cost import breakdown, clocked_step, measure_cost, memory_over_tokens
-from pte.evidence.memory_process import config_of, read_memory
+from pte.evidence.cost import (
+    breakdown,
+    clocked_step,
+    counted_costs,
+    measure_cost,
+    memory_over_tokens,
+    speeds_of_a_step,
+)
+from pte.evidence.memory_process import config_of
 from pte.evidence.step import CostStep
 from pte.timing import SPANS
 from short_runs import short_config
@@ -53,13 +60,23 @@ def test_plain_lora_spends_no_time_on_a_state() -> None:
 
 
 @needs_probe
-def test_an_arm_reports_all_of_its_cost_and_the_base_has_no_update() -> None:
-    pte, base = (measure_cost(tiny_config(arm), repeats=1) for arm in ("pte", "base_window"))
-    assert all(value > 0 for value in pte.values())
-    assert pte.keys() - base.keys() == {"update_tokens_per_second", "update_flops_per_token", "update_state_fraction"}
-    assert base["forward_seconds"] == base["backward_seconds"] == base["optimizer_seconds"] == 0
-    assert base["cache_bytes"] == pte["cache_bytes"]
-    assert base["rollout_flops_per_token"] < pte["rollout_flops_per_token"] < pte["update_flops_per_token"]
+def test_the_base_reports_its_rollout_and_no_update() -> None:
+    costs = measure_cost(tiny_config("base_window"), repeats=1)
+    assert costs.keys() == {
+        *(f"{name}_seconds" for name in (*SPANS, "other", "step")),
+        *("rollout_tokens_per_second", "rollout_flops_per_token", "state_fraction", "rollout_state_fraction"),
+        *("cache_bytes", "state_bytes", "peak_memory_bytes"),
+    }
+    assert costs["forward_seconds"] == costs["backward_seconds"] == costs["optimizer_seconds"] == 0
+    assert costs["state_bytes"] == costs["state_fraction"] == 0 < costs["peak_memory_bytes"]
+
+
+def test_an_arm_that_learns_reports_its_update_as_well() -> None:
+    step = CostStep(tiny_config("pte"))
+    flops, speeds = counted_costs(step, TOKENS), speeds_of_a_step(step, TOKENS, 0)
+    base = counted_costs(CostStep(tiny_config("base_window")), TOKENS)
+    assert base["rollout_flops_per_token"] < flops["rollout_flops_per_token"] < flops["update_flops_per_token"]
+    assert speeds.keys() == {"rollout_tokens_per_second", "update_tokens_per_second"}
 
 
 def test_a_step_s_completions_have_one_length_and_all_of_them_a_gradient() -> None:
@@ -71,38 +88,25 @@ def test_a_step_s_completions_have_one_length_and_all_of_them_a_gradient() -> No
 
 
 def test_cache_bytes_rise_under_the_full_cache_and_are_flat_under_the_window() -> None:
-    lengths = (16, 40)
-    readings = {
-        arm: [read_memory(tiny_config(arm), tokens) for tokens in lengths]
-        for arm in ("lora_full", "lora_window", "pte")
-    }
+    def held(arm: str) -> list[tuple[int, int]]:
+        step = CostStep(tiny_config(arm))
+        return [(step.sample(tokens, 0), step.cache_bytes, step.state_bytes)[1:] for tokens in (16, 32, 48)]
+
     prompt = len(CostStep(tiny_config("pte")).session.task.longest_prompt())
     # The last token never enters the cache.
-    rising = [SEQUENCES * (prompt + tokens - 1) * TOKEN_BYTES for tokens in lengths]
-    flat = [SEQUENCES * (prompt + 8) * TOKEN_BYTES] * 2
-    assert [reading["cache_bytes"] for reading in readings["lora_full"]] == rising
-    for arm, state in (("lora_window", 0), ("pte", SEQUENCES * 3 * RANK**2 * 4)):
-        assert [reading["cache_bytes"] for reading in readings[arm]] == flat
-        assert [reading["state_bytes"] for reading in readings[arm]] == [state] * 2
+    assert held("lora_full") == [(SEQUENCES * (prompt + tokens - 1) * TOKEN_BYTES, 0) for tokens in (16, 32, 48)]
+    assert held("lora_window") == [(SEQUENCES * (prompt + 8) * TOKEN_BYTES, 0)] * 3
+    assert held("pte") == [(SEQUENCES * (prompt + 8) * TOKEN_BYTES, SEQUENCES * 3 * RANK**2 * 4)] * 3
 
 
 @needs_probe
-def test_a_fresh_process_reads_the_same_cache_and_both_peaks() -> None:
+def test_a_fresh_process_reads_cache_state_and_both_peaks() -> None:
+    step = CostStep(tiny_config("pte"))
+    step.sample(TOKENS, 0)
     (reading,) = memory_over_tokens(tiny_config("pte"), [TOKENS])
-    here = read_memory(tiny_config("pte"), TOKENS)
-    assert (
-        reading.keys()
-        == here.keys()
-        == {
-            "tokens",
-            "cache_bytes",
-            "state_bytes",
-            "rollout_peak_bytes",
-            "update_peak_bytes",
-        }
-    )
-    assert all(reading[name] == here[name] for name in ("tokens", "cache_bytes", "state_bytes"))
-    assert reading["update_peak_bytes"] > 0
+    peaks = {name: reading.pop(name) for name in ("rollout_peak_bytes", "update_peak_bytes")}
+    assert reading == {"tokens": TOKENS, "cache_bytes": step.cache_bytes, "state_bytes": step.state_bytes}
+    assert all(peak > 0 for peak in peaks.values())
 
 
 def test_a_configuration_survives_the_way_to_a_process() -> None:
