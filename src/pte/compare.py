@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pte.figures import compare_figure, read_metrics
+from pte.report.curves import read_metrics
+from pte.report.arms import compare_figure
 from pte.run_record import (
     RECORD_FILE,
     check_resumed_config,
@@ -34,11 +35,13 @@ from pte.run_record import (
     replace_synced,
     save_record,
 )
-from pte.session import check_problems, open_session
+from pte.session import Session, check_problems, open_session
+from pte.tasks.rollouts_file import ROLLOUTS_FILE, write_rollouts
 
 if TYPE_CHECKING:
     from pte.checkpoint_files import Json
     from pte.config import ExperimentConfig
+    from pte.tasks.evaluate import EvaluatedCompletion
 
 TRAINED = ("pte", "lora_window", "lora_full")
 ARMS = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
@@ -167,7 +170,9 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
     else:
         directory.mkdir(parents=True, exist_ok=True)
         session = open_session(own)
-    result[arm] = score(own, session)
+    result[arm], completions = scored_completions(own, session)
+    if own.eval.state_control == "own":
+        write_rollouts(directory / ROLLOUTS_FILE, session.policy, session.task, completions)
     if arm == "pte":
         result["reward"] = score(sampled(own), session)
         for control in ("pte_zeroed", "pte_shuffled"):
@@ -198,14 +203,19 @@ def sampled(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, eval=scores)
 
 
-def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
+def score(config: ExperimentConfig, session: Session) -> dict[str, Json]:
     """Accuracy of a session's policy on the first evaluation set of its task."""
-    from pte.session import Session
+    return scored_completions(config, session)[0]
+
+
+def scored_completions(
+    config: ExperimentConfig, session: Session
+) -> tuple[dict[str, Json], list[EvaluatedCompletion]]:
+    """The same with the completions."""
     from pte.tasks.evaluate import evaluate_session
 
-    assert isinstance(session, Session)
-    evaluation, _ = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
-    return evaluation.as_json()
+    evaluation, completions = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
+    return evaluation.as_json(), completions
 
 
 def compare(config: ExperimentConfig, *, workers: int | None, console: Console, progress: Progress) -> None:
@@ -261,7 +271,7 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     replace_synced(directory / "summary.json", json.dumps(asdict(summary), indent=2).encode())
     compare_figure(
         summary.arms,
-        {arm: directory / arm / "metrics.jsonl" for arm in reversed(TRAINED)},
+        {arm: read_metrics(directory / arm / "metrics.jsonl") for arm in reversed(TRAINED)},
         directory / "arms.png",
         subtitle=f"window {summary.window_tokens} tokens, traces {summary.trace_tokens} tokens, "
         f"{summary.heldout_problems} held-out problems, greedy, 95 % intervals",

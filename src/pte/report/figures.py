@@ -1,0 +1,338 @@
+"""Figures of measurements: points with intervals, lines over a condition, matrices, bars.
+
+Decides: how each kind of comparison is drawn. Which one answers which question is decided in `sections`. Axes carry
+units, every line has a marker of its own, shades and whiskers are 95 % intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pte.report import style
+from pte.report.measurements import Measurement, Value, grouped, of_metric, sort_key, words
+from pte.report.statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pte.report.style import DrawnFigure, Unit
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The horizontal axis of a line figure.
+
+    Args:
+        key: Condition of the setting.
+        label: With its unit.
+        base: Of a logarithmic axis; None for a linear one.
+        reference: A horizontal line at this value, or None.
+        mark: Condition of the setting at which a vertical line stands, or None.
+    """
+
+    key: str
+    label: str
+    base: int | None = None
+    reference: float | None = None
+    mark: str | None = None
+
+
+def interval_words(estimates: Iterable[Estimate]) -> str:
+    """A sentence on seeds and intervals, for captions."""
+    estimates = list(estimates)
+    seeds = sorted({one.seeds for one in estimates})
+    count = f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    totals = sorted({one.total for one in estimates if one.total})
+    answers = ""
+    if totals:
+        answers = f", {totals[0]}" if len(totals) == 1 else f", {totals[0]} to {totals[-1]}"
+        answers += " answers a point"
+    kinds = {one.interval for one in estimates} - {"none"}
+    if not kinds:
+        return f"n: {count}{answers}; no interval from one seed."
+    names = {"t over seeds": "Student's t over seeds", "Wilson": "Wilson's of the answers"}
+    return f"n: {count}{answers}; 95 % intervals: {' or '.join(names[kind] for kind in sorted(kinds))}."
+
+
+def finish_axis(axes: Axes, metric: str, unit: Unit, *, values: Sequence[float], vertical: bool = True) -> None:
+    """Label and limits of the axis of values."""
+    text = style.metric_label(metric) + (f", {unit.name}" if unit.name else "")
+    (axes.set_ylabel if vertical else axes.set_xlabel)(text)
+    limits = axes.set_ylim if vertical else axes.set_xlim
+    if style.is_percent(metric) and all(0 <= value <= 1 for value in values):
+        limits(-4, 104)
+    elif values and min(values) >= 0 and max(values) < 30 * max(min(values), 1e-30):
+        limits(0, 1.12 * max(values) / unit.scale or 1)
+
+
+def legend(figure: Figure, handles: Mapping[str, object]) -> None:
+    """One legend above all panels, in rows that fit."""
+    if len(handles) > 1:
+        columns = max(1, min(len(handles), 5, 130 // (max(map(len, handles)) + 6)))
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside upper left", ncols=columns, columnspacing=1.4
+        )
+
+
+def line_figure(
+    measurements: Sequence[Measurement],
+    *,
+    name: str,
+    metric: str,
+    scale: Scale,
+    panel: Callable[[Measurement], str],
+    line: Callable[[Measurement], Value],
+    line_label: Callable[[Value], str] = lambda value: style.label(str(value)),
+    caption: str,
+) -> DrawnFigure:
+    """A metric over a condition: a line for each arm (or each size), a panel for each rest of the setting.
+
+    Args:
+        measurements: Of one metric.
+        name: Of the figure.
+        metric: Its name.
+        scale: Of the horizontal axis.
+        panel: Title of the panel that a measurement is in.
+        line: The line that it is on; numbers get ordered shades, names the colours of arms.
+        line_label: Of a line.
+        caption: First sentences; seeds and intervals are added.
+    """
+    by_panel = grouped(measurements, panel)
+    lines = {line(one) for one in measurements}
+    numeric = all(isinstance(one, (int, float)) for one in lines)
+    order: list[Value] = sorted(lines, key=sort_key) if numeric else [*style.ordered(str(one) for one in lines)]
+    with style.look():
+        figure, axes = style.panels(len(by_panel))
+        tints: dict[Value, str] = dict(zip(order, style.shades(len(order)), strict=True)) if numeric else {}
+        tints = tints or {key: colour for key, colour in style.colours(str(one) for one in order).items()}
+        unit = style.unit_of(metric, max((abs(one.value) for one in measurements), default=1))
+        handles: dict[str, object] = {}
+        seen: list[Estimate] = []
+        for place, (title, group) in zip(axes, by_panel.items(), strict=True):
+            place.set_title(title)
+            curves = grouped(group, line)
+            for key in order:
+                found = next((curve for other, curve in curves.items() if str(other) == str(key)), None)
+                if found is None:
+                    continue
+                points = curve_points(found, scale.key)
+                seen += points.values()
+                marker = style.MARKERS[order.index(key) % len(style.MARKERS)]
+                handles[line_label(key)] = draw_curve(place, points, unit=unit, colour=tints[key], marker=marker)
+            finish_line_panel(place, group, metric=metric, unit=unit, scale=scale)
+        legend(figure, handles)
+    return style.DrawnFigure(name, figure, f"{caption} {interval_words(seen)}")
+
+
+def curve_points(measurements: Sequence[Measurement], key: str) -> dict[float, Estimate]:
+    """The estimate at each value of a condition, ascending."""
+    groups = grouped(measurements, lambda one: one.number(key))
+    return {x: estimate(groups[x]) for x in sorted(groups)}
+
+
+def draw_curve(axes: Axes, points: Mapping[float, Estimate], *, unit: Unit, colour: str, marker: str) -> object:
+    """A line with its band; returns what stands in the legend."""
+    xs = list(points)
+    means = [one.mean / unit.scale for one in points.values()]
+    lows = [(one.mean if one.low is None else one.low) / unit.scale for one in points.values()]
+    highs = [(one.mean if one.high is None else one.high) / unit.scale for one in points.values()]
+    every = max(1, len(xs) // 12)
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.16, linewidth=0)
+    (drawn,) = axes.plot(xs, means, color=colour, marker=marker, markevery=every, markeredgewidth=0)
+    return drawn
+
+
+def finish_line_panel(
+    axes: Axes, measurements: Sequence[Measurement], *, metric: str, unit: Unit, scale: Scale
+) -> None:
+    """Axes and reference lines of a panel."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    xs = sorted({one.number(scale.key) for one in measurements})
+    finish_axis(axes, metric, unit, values=[one.value for one in measurements])
+    axes.set_xlabel(scale.label)
+    if scale.base is not None and xs[0] > 0 and xs[-1] > xs[0]:
+        axes.set_xscale("log", base=scale.base)
+        if len(xs) <= 9:
+            axes.xaxis.set_major_locator(FixedLocator(xs))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if scale.reference is not None:
+        axes.axhline(scale.reference / unit.scale, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    if scale.mark is not None:
+        for mark in sorted({one.number(scale.mark) for one in measurements if one.at(scale.mark) is not None}):
+            axes.axvline(mark, color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+
+
+def dot_figure(
+    groups: Mapping[str, Sequence[Measurement]],
+    *,
+    name: str,
+    metric: str,
+    row: Callable[[Measurement], str],
+    rows: Sequence[str],
+    row_label: Callable[[str], str] = style.label,
+    hue: Callable[[Measurement], str] | None = None,
+    caption: str,
+) -> DrawnFigure:
+    """Points with intervals, a row for each arm or value, a panel for each group.
+
+    Args:
+        groups: Measurements of one metric, by title of the panel.
+        name: Of the figure.
+        metric: Its name.
+        row: The row of a measurement.
+        rows: From top to bottom.
+        row_label: What a reader sees of a row.
+        hue: What tells points of one row apart: stage or arm; None where nothing does.
+        caption: First sentences.
+    """
+    hues = list(dict.fromkeys(hue(one) for group in groups.values() for one in group)) if hue is not None else [""]
+    stages = [stage for stage in style.STAGES if stage in hues]
+    hues = stages if len(stages) == len(hues) else style.ordered(hues)
+    with style.look():
+        height = 0.5 + max(0.24, 0.17 * len(hues)) * len(rows)
+        figure, axes = style.panels(len(groups), height=height)
+        tint = style.colours(rows) if hue is None or stages else style.colours(hues)
+        unit = style.unit_of(metric, max(abs(one.value) for group in groups.values() for one in group))
+        handles: dict[str, object] = {}
+        seen: list[Estimate] = []
+        for index, (place, (title, group)) in enumerate(zip(axes, groups.items(), strict=True)):
+            place.set_title(title)
+            for key, found in grouped(group, lambda one: (row(one), hue(one) if hue is not None else "")).items():
+                shift = (hues.index(key[1]) - (len(hues) - 1) / 2) * 0.7 / max(2, len(hues)) if hue is not None else 0
+                one = estimate(found)
+                seen.append(one)
+                colour = tint[key[0]] if hue is None or stages else tint[key[1]]
+                marker = style.MARKERS[hues.index(key[1]) % len(style.MARKERS)]
+                drawn = draw_dot(place, one, y=rows.index(key[0]) + shift, unit=unit, colour=colour, marker=marker)
+                handles[style.STAGES.get(key[1], style.label(key[1]))] = drawn
+            place.set_ylim(len(rows) - 0.4, -0.6)
+            place.set_yticks(range(len(rows)), [row_label(one) for one in rows] if index % 3 == 0 else [""] * len(rows))
+            place.grid(axis="x", visible=False)
+            finish_axis(place, metric, unit, values=[one.value for one in group], vertical=False)
+        legend(figure, handles)
+    return style.DrawnFigure(name, figure, f"{caption} {interval_words(seen)}")
+
+
+def draw_dot(axes: Axes, one: Estimate, *, y: float, unit: Unit, colour: str, marker: str) -> object:
+    """A mean and its interval in a row."""
+    if one.low is not None and one.high is not None:
+        axes.plot([one.low / unit.scale, one.high / unit.scale], [y, y], color=colour, linewidth=2.2, alpha=0.55)
+    (drawn,) = axes.plot(
+        [one.mean / unit.scale], [y], color=colour, marker=marker, markersize=5.5, linestyle="none", markeredgewidth=0
+    )
+    return drawn
+
+
+def matrix_figure(
+    groups: Mapping[str, Sequence[Measurement]], *, name: str, metric: str, keys: tuple[str, str], caption: str
+) -> DrawnFigure:
+    """A metric over two conditions, a matrix for each group, the numbers in the cells.
+
+    Args:
+        groups: Measurements of one metric, by title.
+        name: Of the figure.
+        metric: Its name.
+        keys: Conditions down and across.
+        caption: First sentences.
+    """
+    down, across = keys
+    every = [one for group in groups.values() for one in group]
+    rows, columns = (sorted({str(one.at(key)) for one in every}, key=sort_key) for key in keys)
+    unit = style.unit_of(metric, max(abs(one.value) for one in every))
+    top = 1.0 if style.is_percent(metric) else max(one.value for one in every)
+    seen: list[Estimate] = []
+    with style.look():
+        figure, axes = style.panels(len(groups), height=1.0 + 0.42 * len(rows))
+        for place, (title, group) in zip(axes, groups.items(), strict=True):
+            place.set_title(title)
+            cells = {key: estimate(found) for key, found in grouped(group, lambda o: (str(o.at(down)), str(o.at(across)))).items()}
+            seen += cells.values()
+            values = [[cells[row, column].mean if (row, column) in cells else float("nan") for column in columns] for row in rows]
+            place.imshow(values, cmap="Blues", vmin=0, vmax=top * 1.15 or 1, aspect="auto")
+            for (row, column), one in cells.items():
+                place.text(
+                    columns.index(column),
+                    rows.index(row),
+                    style.number(one.mean / unit.scale),
+                    ha="center",
+                    va="center",
+                    color="#ffffff" if one.mean > 0.6 * top else "#1d2734",
+                )
+            place.grid(visible=False)
+            place.set_xticks(range(len(columns)), [style.label(one) for one in columns], rotation=20)
+            place.set_yticks(range(len(rows)), [style.label(one) for one in rows])
+            place.set_xlabel(across.replace("_", " "))
+            place.set_ylabel(down.replace("_", " "))
+    percent = f", {unit.name}" if unit.name else ""
+    return style.DrawnFigure(
+        name, figure, f"{caption} Cells: {style.metric_label(metric)}{percent}. {interval_words(seen)}"
+    )
+
+
+BREAKDOWN = (
+    "prefill_seconds",
+    "decode_seconds",
+    "rollout_seconds",
+    "fold_seconds",
+    "read_seconds",
+    "reward_seconds",
+    "replay_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "optimizer_seconds",
+)
+
+
+def breakdown_metrics(metrics: Iterable[str]) -> list[str]:
+    """The parts of the wall time among metrics: known ones in the order of a step, then others."""
+    parts = {metric for metric in metrics if metric.endswith("_seconds")}
+    return [metric for metric in BREAKDOWN if metric in parts] + sorted(parts - set(BREAKDOWN))
+
+
+def stacked_figure(
+    groups: Mapping[str, Sequence[Measurement]], *, name: str, caption: str
+) -> DrawnFigure:
+    """Parts of the wall time as stacked bars, a bar for each arm, a panel for each group.
+
+    Args:
+        groups: Measurements of `*_seconds`, by title.
+        name: Of the figure.
+        caption: First sentences.
+    """
+    every = [one for group in groups.values() for one in group]
+    parts = breakdown_metrics(one.metric for one in every)
+    arms = style.ordered(one.arm for one in every)
+    tint = dict(zip(parts, (colour for colour in ("#56b4e9", "#0072b2", "#d55e00", "#e69f00", "#f0c869", "#aab3bd", "#8f5fa8", "#cc79a7", "#7d8896", "#009e73") * 3), strict=False))
+    with style.look():
+        figure, axes = style.panels(len(groups), columns=2, height=0.6 + 0.3 * len(arms))
+        handles: dict[str, object] = {}
+        for place, (title, group) in zip(axes, groups.items(), strict=True):
+            place.set_title(title)
+            lengths = [sum(estimate(rows).mean for rows in grouped(of_arm, lambda o: o.metric).values()) for of_arm in grouped(group, lambda o: o.arm).values()]
+            unit = style.unit_of("seconds", max(lengths))
+            for y, arm in enumerate(arms):
+                left = 0.0
+                for part in parts:
+                    found = [one for one in of_metric(group, part) if one.arm == arm]
+                    if found:
+                        width = estimate(found).mean / unit.scale
+                        bar = place.barh(y, width, left=left, height=0.62, color=tint[part], edgecolor="none")
+                        handles[style.metric_label(part)] = bar
+                        left += width
+            place.set_ylim(len(arms) - 0.4, -0.6)
+            place.set_yticks(range(len(arms)), [style.label(arm) for arm in arms])
+            place.set_xlabel(f"wall time, {unit.name}")
+            place.grid(axis="y", visible=False)
+        legend(figure, {part: handles[part] for part in map(style.metric_label, parts) if part in handles})
+    return style.DrawnFigure(name, figure, caption)
+
+
+def panel_title(one: Measurement, *without: str) -> str:
+    """Task and what is left of the setting."""
+    rest = words(one.without(*without))
+    return f"{one.task}: {rest}" if rest else one.task
