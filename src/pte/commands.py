@@ -95,6 +95,7 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
     with step_progress(run, console) as on_step:
         train(run, on_step=on_step)
     completions: list[EvaluatedCompletion] = []
+
     def keep(_: dict[str, Evaluation], done: list[EvaluatedCompletion]) -> None:
         completions[:] = done
 
@@ -198,8 +199,8 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
         check_output(path)
     if arguments.rollouts is not None and config.eval.state_control != "own":
         raise ValueError(
-            f"--rollouts needs eval.state_control 'own', got {config.eval.state_control!r}: a control's states cannot be "
-            f"walked again; leave out one of the two"
+            f"--rollouts needs eval.state_control 'own', got {config.eval.state_control!r}: a control's states "
+            f"cannot be walked again; leave out one of the two"
         )
     if arguments.train_path is not None:
         for path in config.task.eval_paths:

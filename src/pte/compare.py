@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pte.report.curves import read_metrics
 from pte.report.arms import compare_figure
+from pte.report.curves import read_metrics
+from pte.report.runs import numbers
 from pte.run_record import (
     RECORD_FILE,
     check_resumed_config,
@@ -208,9 +209,7 @@ def score(config: ExperimentConfig, session: Session) -> dict[str, Json]:
     return scored_completions(config, session)[0]
 
 
-def scored_completions(
-    config: ExperimentConfig, session: Session
-) -> tuple[dict[str, Json], list[EvaluatedCompletion]]:
+def scored_completions(config: ExperimentConfig, session: Session) -> tuple[dict[str, Json], list[EvaluatedCompletion]]:
     """The same with the completions."""
     from pte.tasks.evaluate import evaluate_session
 
@@ -376,7 +375,7 @@ def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> S
         heldout_problems=scores["pte"]["problems"],
         distill_steps=config.distill.steps,
         grpo_steps=config.train.steps,
-        max_logprob_gap=max(float(row["logprob_gap_max"] or 0) for row in rows if "logprob_gap_max" in row),
+        max_logprob_gap=max(gap for (gap,) in numbers(rows, "logprob_gap_max")),
         gap_closed=(arms["pte"].accuracy - low) / (high - low) if high > low else None,
         warm_start_accuracy=warm["accuracy"]["accuracy"],
         warm_start_reward=warm["reward"]["accuracy"],

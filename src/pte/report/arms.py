@@ -66,7 +66,9 @@ def compare_figure(
                 ha="center",
                 fontsize=8,
             )
-        names = [f"{style.label(name)}, {style.shown('cache_bytes', arm.peak_cache_bytes)}" for name, arm in arms.items()]
+        names = [
+            f"{style.label(name)}, {style.shown('cache_bytes', arm.peak_cache_bytes)}" for name, arm in arms.items()
+        ]
         left.set_yticks(range(len(arms)), names)
         left.set_ylim(len(arms) - 0.4, -0.7)
         left.set_xlim(-4, 104)

@@ -45,7 +45,9 @@ def write_report(arguments: ReportArguments, console: Console) -> None:
         path.write_text(render_markdown(report, images=images), encoding="utf-8")
         console.print(f"tables in {path}")
     size = output.stat().st_size / 2**20
-    console.print(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''} in {output} ({size:.1f} MiB, one file, works offline)")
+    console.print(
+        f"report of {len(runs)} run{'s' if len(runs) > 1 else ''} in {output} ({size:.1f} MiB, one file, works offline)"
+    )
 
 
 def check(arguments: ReportArguments) -> None:

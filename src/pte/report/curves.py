@@ -18,6 +18,7 @@ from pte.report.runs import Row, numbers
 from pte.report.statistics import estimate, interpolated, running_mean
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from pte.report.style import DrawnFigure
@@ -46,7 +47,7 @@ def learning_figure(rows: Mapping[str, Sequence[Row]], *, name: str) -> DrawnFig
     if not drawn:
         return None
     tint = style.colours(rows)
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     with style.look():
         figure, axes = style.panels(len(drawn), height=2.2)
         for place, (stage, metric, title, unit) in zip(axes, drawn, strict=True):
@@ -58,9 +59,7 @@ def learning_figure(rows: Mapping[str, Sequence[Row]], *, name: str) -> DrawnFig
             for run in style.ordered(rows):
                 points = points_of(rows[run], stage, metric)
                 if points:
-                    handles[style.label(run)] = draw_noisy(
-                        place, [(x, scale * y) for x, y in points], colour=tint[run]
-                    )
+                    handles[style.label(run)] = draw_noisy(place, [(x, scale * y) for x, y in points], colour=tint[run])
                     values += [scale * y for _, y in points]
             limit(place, metric, values)
         legend(figure, {key: handles[key] for key in map(style.label, style.ordered(rows)) if key in handles})
@@ -79,13 +78,11 @@ def points_of(rows: Sequence[Row], stage: str, metric: str) -> list[tuple[float,
     return [(x, y) for x, y in numbers([row for row in rows if row.get("stage") == stage], "step", metric)]
 
 
-def draw_noisy(axes: Axes, points: Sequence[tuple[float, float]], *, colour: str) -> object:
+def draw_noisy(axes: Axes, points: Sequence[tuple[float, float]], *, colour: str) -> Artist:
     """Values, faint, under their running mean; returns what stands in the legend."""
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=colour, alpha=0.28, linewidth=0.9)
-    (line,) = axes.plot(
-        xs, running_mean(ys, len(ys) // SMOOTHED), color=colour, marker="o" if len(xs) == 1 else None
-    )
+    (line,) = axes.plot(xs, running_mean(ys, len(ys) // SMOOTHED), color=colour, marker="o" if len(xs) == 1 else None)
     return line
 
 
@@ -118,20 +115,30 @@ def rl_figure(measurements: Sequence[Measurement], *, name: str, caption: str) -
         return None
     arms = style.ordered(one.arm for one in measurements)
     tint = style.colours(arms)
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     with style.look():
         figure, axes = style.panels(len(metrics) * len(kinds), columns=len(kinds), height=2.3)
         for index, place in enumerate(axes):
             metric, (key, text, divisor) = metrics[index // len(kinds)], kinds[index % len(kinds)]
             scale = 100.0 if style.is_percent(metric) else 1.0
             place.set_title(style.metric_label(metric))
-            place.set_ylabel("%" if scale > 1 else "nats" if metric.startswith("logprob_gap") else "reward" if metric == "reward" else "")
+            place.set_ylabel(
+                "%"
+                if scale > 1
+                else "nats"
+                if metric.startswith("logprob_gap")
+                else "reward"
+                if metric == "reward"
+                else ""
+            )
             place.set_xlabel(text)
             values: list[float] = []
             for arm in arms:
                 found = [one for one in of_metric(measurements, metric) if one.arm == arm and one.at(key) is not None]
                 if found:
-                    handles[style.label(arm)] = draw_arm(place, found, key=key, divisor=divisor, scale=scale, colour=tint[arm])
+                    handles[style.label(arm)] = draw_arm(
+                        place, found, key=key, divisor=divisor, scale=scale, colour=tint[arm]
+                    )
                     values += [scale * one.value for one in found]
             limit(place, metric, values)
         legend(figure, handles)
@@ -148,7 +155,7 @@ def rl_figure(measurements: Sequence[Measurement], *, name: str, caption: str) -
 
 def draw_arm(
     axes: Axes, measurements: Sequence[Measurement], *, key: str, divisor: float, scale: float, colour: str
-) -> object:
+) -> Artist:
     """One arm's curve; returns what stands in the legend."""
     by_seed = {
         seed: sorted((one.number(key), one.value) for one in group)
@@ -158,7 +165,10 @@ def draw_arm(
         (points,) = by_seed.values()
         return draw_noisy(axes, [(x / divisor, scale * y) for x, y in points], colour=colour)
     smooth = {
-        seed: [(x, y) for (x, _), y in zip(points, running_mean([y for _, y in points], len(points) // SMOOTHED), strict=True)]
+        seed: [
+            (x, y)
+            for (x, _), y in zip(points, running_mean([y for _, y in points], len(points) // SMOOTHED), strict=True)
+        ]
         for seed, points in by_seed.items()
     }
     first, last = max(points[0][0] for points in smooth.values()), min(points[-1][0] for points in smooth.values())

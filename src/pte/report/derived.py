@@ -72,7 +72,7 @@ def scores_of(
         ("accuracy", "accuracy"),
         ("completion_tokens", "completion_tokens"),
         ("peak_cache_bytes", "cache_bytes"),
-        ("seconds", "seconds"),
+        ("seconds", "evaluation_seconds"),
     ):
         value = evaluation.get(key)
         if not isinstance(value, (int, float)):

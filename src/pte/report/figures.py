@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pte.report import style
-from pte.report.measurements import Measurement, Value, grouped, of_metric, sort_key, words
+from pte.report.measurements import Measurement, Value, grouped, sort_key, words
 from pte.report.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from pte.report.style import DrawnFigure, Unit
+
+
+WIDE = 50
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Scale:
         base: Of a logarithmic axis; None for a linear one.
         reference: A horizontal line at this value, or None.
         mark: Condition of the setting at which a vertical line stands, or None.
+        log_values: Draw values on a logarithmic axis where they span more than a factor of 50.
     """
 
     key: str
@@ -38,6 +43,7 @@ class Scale:
     base: int | None = None
     reference: float | None = None
     mark: str | None = None
+    log_values: bool = False
 
 
 def interval_words(estimates: Iterable[Estimate]) -> str:
@@ -52,7 +58,8 @@ def interval_words(estimates: Iterable[Estimate]) -> str:
         answers += " answers a point"
     kinds = {one.interval for one in estimates} - {"none"}
     if not kinds:
-        return f"n: {count}{answers}; no interval from one seed."
+        why = "no interval from one seed" if seeds == [1] else "no interval: seeds agree, or there is one"
+        return f"n: {count}{answers}; {why}."
     names = {"t over seeds": "Student's t over seeds", "Wilson": "Wilson's of the answers"}
     return f"n: {count}{answers}; 95 % intervals: {' or '.join(names[kind] for kind in sorted(kinds))}."
 
@@ -68,13 +75,11 @@ def finish_axis(axes: Axes, metric: str, unit: Unit, *, values: Sequence[float],
         limits(0, 1.12 * max(values) / unit.scale or 1)
 
 
-def legend(figure: Figure, handles: Mapping[str, object]) -> None:
+def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
     """One legend above all panels, in rows that fit."""
     if len(handles) > 1:
         columns = max(1, min(len(handles), 5, 130 // (max(map(len, handles)) + 6)))
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside upper left", ncols=columns, columnspacing=1.4
-        )
+        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns, columnspacing=1.4)
 
 
 def line_figure(
@@ -109,7 +114,7 @@ def line_figure(
         tints: dict[Value, str] = dict(zip(order, style.shades(len(order)), strict=True)) if numeric else {}
         tints = tints or {key: colour for key, colour in style.colours(str(one) for one in order).items()}
         unit = style.unit_of(metric, max((abs(one.value) for one in measurements), default=1))
-        handles: dict[str, object] = {}
+        handles: dict[str, Artist] = {}
         seen: list[Estimate] = []
         for place, (title, group) in zip(axes, by_panel.items(), strict=True):
             place.set_title(title)
@@ -133,7 +138,7 @@ def curve_points(measurements: Sequence[Measurement], key: str) -> dict[float, E
     return {x: estimate(groups[x]) for x in sorted(groups)}
 
 
-def draw_curve(axes: Axes, points: Mapping[float, Estimate], *, unit: Unit, colour: str, marker: str) -> object:
+def draw_curve(axes: Axes, points: Mapping[float, Estimate], *, unit: Unit, colour: str, marker: str) -> Artist:
     """A line with its band; returns what stands in the legend."""
     xs = list(points)
     means = [one.mean / unit.scale for one in points.values()]
@@ -152,7 +157,10 @@ def finish_line_panel(
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     xs = sorted({one.number(scale.key) for one in measurements})
-    finish_axis(axes, metric, unit, values=[one.value for one in measurements])
+    values = [one.value for one in measurements]
+    finish_axis(axes, metric, unit, values=values)
+    if scale.log_values and min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")
     axes.set_xlabel(scale.label)
     if scale.base is not None and xs[0] > 0 and xs[-1] > xs[0]:
         axes.set_xscale("log", base=scale.base)
@@ -171,54 +179,56 @@ def dot_figure(
     groups: Mapping[str, Sequence[Measurement]],
     *,
     name: str,
-    metric: str,
     row: Callable[[Measurement], str],
     rows: Sequence[str],
-    row_label: Callable[[str], str] = style.label,
     hue: Callable[[Measurement], str] | None = None,
     caption: str,
 ) -> DrawnFigure:
-    """Points with intervals, a row for each arm or value, a panel for each group.
+    """Points with intervals in the colour of their arm: a row for each arm or value, a panel for each group.
 
     Args:
-        groups: Measurements of one metric, by title of the panel.
+        groups: Measurements of one metric each, by title of the panel.
         name: Of the figure.
-        metric: Its name.
         row: The row of a measurement.
         rows: From top to bottom.
-        row_label: What a reader sees of a row.
-        hue: What tells points of one row apart: stage or arm; None where nothing does.
+        hue: What tells points of one row apart, by marker: stage or arm; None where nothing does.
         caption: First sentences.
     """
     hues = list(dict.fromkeys(hue(one) for group in groups.values() for one in group)) if hue is not None else [""]
-    stages = [stage for stage in style.STAGES if stage in hues]
-    hues = stages if len(stages) == len(hues) else style.ordered(hues)
+    hues = [stage for stage in style.STAGES if stage in hues] or style.ordered(hues)
+    tint = style.colours(one.arm for group in groups.values() for one in group)
+    seen: list[Estimate] = []
     with style.look():
-        height = 0.5 + max(0.24, 0.17 * len(hues)) * len(rows)
-        figure, axes = style.panels(len(groups), height=height)
-        tint = style.colours(rows) if hue is None or stages else style.colours(hues)
-        unit = style.unit_of(metric, max(abs(one.value) for group in groups.values() for one in group))
-        handles: dict[str, object] = {}
-        seen: list[Estimate] = []
+        figure, axes = style.panels(len(groups), height=0.5 + max(0.24, 0.17 * len(hues)) * len(rows))
         for index, (place, (title, group)) in enumerate(zip(axes, groups.items(), strict=True)):
             place.set_title(title)
-            for key, found in grouped(group, lambda one: (row(one), hue(one) if hue is not None else "")).items():
-                shift = (hues.index(key[1]) - (len(hues) - 1) / 2) * 0.7 / max(2, len(hues)) if hue is not None else 0
-                one = estimate(found)
-                seen.append(one)
-                colour = tint[key[0]] if hue is None or stages else tint[key[1]]
-                marker = style.MARKERS[hues.index(key[1]) % len(style.MARKERS)]
-                drawn = draw_dot(place, one, y=rows.index(key[0]) + shift, unit=unit, colour=colour, marker=marker)
-                handles[style.STAGES.get(key[1], style.label(key[1]))] = drawn
+            metric = group[0].metric
+            unit = style.unit_of(metric, max(abs(one.value) for one in group))
+            keys = grouped(group, lambda one: (row(one), "" if hue is None else hue(one), one.arm))
+            for (at, told_by, arm), found in keys.items():
+                beside = [one for one in hues if any(other[:2] == (at, one) for other in keys)]
+                shift = (beside.index(told_by) - (len(beside) - 1) / 2) * 0.7 / max(2, len(hues))
+                seen.append(one := estimate(found))
+                marker = style.MARKERS[hues.index(told_by) % len(style.MARKERS)]
+                draw_dot(place, one, y=rows.index(at) + shift, unit=unit, colour=tint[arm], marker=marker)
             place.set_ylim(len(rows) - 0.4, -0.6)
-            place.set_yticks(range(len(rows)), [row_label(one) for one in rows] if index % 3 == 0 else [""] * len(rows))
+            names = [style.label(one) for one in rows] if index % style.COLUMNS == 0 else [""] * len(rows)
+            place.set_yticks(range(len(rows)), names)
             place.grid(axis="x", visible=False)
             finish_axis(place, metric, unit, values=[one.value for one in group], vertical=False)
-        legend(figure, handles)
+        legend(figure, {style.STAGES.get(one, style.label(one)): hue_handle(one, hues, tint) for one in hues})
     return style.DrawnFigure(name, figure, f"{caption} {interval_words(seen)}")
 
 
-def draw_dot(axes: Axes, one: Estimate, *, y: float, unit: Unit, colour: str, marker: str) -> object:
+def hue_handle(hue: str, hues: Sequence[str], tint: Mapping[str, str]) -> Artist:
+    """What stands in the legend for a hue: its marker, in the colour of an arm or of no arm."""
+    from matplotlib.lines import Line2D
+
+    marker = style.MARKERS[hues.index(hue) % len(style.MARKERS)]
+    return Line2D([], [], color=tint.get(hue, style.MUTED), marker=marker, markersize=5.5, linestyle="none")
+
+
+def draw_dot(axes: Axes, one: Estimate, *, y: float, unit: Unit, colour: str, marker: str) -> Artist:
     """A mean and its interval in a row."""
     if one.low is not None and one.high is not None:
         axes.plot([one.low / unit.scale, one.high / unit.scale], [y, y], color=colour, linewidth=2.2, alpha=0.55)
@@ -250,15 +260,21 @@ def matrix_figure(
         figure, axes = style.panels(len(groups), height=1.0 + 0.42 * len(rows))
         for place, (title, group) in zip(axes, groups.items(), strict=True):
             place.set_title(title)
-            cells = {key: estimate(found) for key, found in grouped(group, lambda o: (str(o.at(down)), str(o.at(across)))).items()}
+            cells = {
+                key: estimate(found)
+                for key, found in grouped(group, lambda o: (str(o.at(down)), str(o.at(across)))).items()
+            }
             seen += cells.values()
-            values = [[cells[row, column].mean if (row, column) in cells else float("nan") for column in columns] for row in rows]
+            values = [
+                [cells[row, column].mean if (row, column) in cells else float("nan") for column in columns]
+                for row in rows
+            ]
             place.imshow(values, cmap="Blues", vmin=0, vmax=top * 1.15 or 1, aspect="auto")
             for (row, column), one in cells.items():
                 place.text(
                     columns.index(column),
                     rows.index(row),
-                    style.number(one.mean / unit.scale),
+                    f"{one.mean / unit.scale:.1f}" if unit.name == "%" else style.number(one.mean / unit.scale),
                     ha="center",
                     va="center",
                     color="#ffffff" if one.mean > 0.6 * top else "#1d2734",
@@ -287,6 +303,19 @@ BREAKDOWN = (
     "optimizer_seconds",
 )
 
+PART_COLOURS = {
+    "prefill_seconds": "#9fd0f0",
+    "decode_seconds": "#56b4e9",
+    "rollout_seconds": "#56b4e9",
+    "fold_seconds": "#d55e00",
+    "read_seconds": "#e69f00",
+    "reward_seconds": "#aab3bd",
+    "replay_seconds": "#00634a",
+    "forward_seconds": "#009e73",
+    "backward_seconds": "#00634a",
+    "optimizer_seconds": "#7d8896",
+}
+
 
 def breakdown_metrics(metrics: Iterable[str]) -> list[str]:
     """The parts of the wall time among metrics: known ones in the order of a step, then others."""
@@ -294,9 +323,7 @@ def breakdown_metrics(metrics: Iterable[str]) -> list[str]:
     return [metric for metric in BREAKDOWN if metric in parts] + sorted(parts - set(BREAKDOWN))
 
 
-def stacked_figure(
-    groups: Mapping[str, Sequence[Measurement]], *, name: str, caption: str
-) -> DrawnFigure:
+def stacked_figure(groups: Mapping[str, Sequence[Measurement]], *, name: str, caption: str) -> DrawnFigure:
     """Parts of the wall time as stacked bars, a bar for each arm, a panel for each group.
 
     Args:
@@ -304,31 +331,31 @@ def stacked_figure(
         name: Of the figure.
         caption: First sentences.
     """
-    every = [one for group in groups.values() for one in group]
-    parts = breakdown_metrics(one.metric for one in every)
-    arms = style.ordered(one.arm for one in every)
-    tint = dict(zip(parts, (colour for colour in ("#56b4e9", "#0072b2", "#d55e00", "#e69f00", "#f0c869", "#aab3bd", "#8f5fa8", "#cc79a7", "#7d8896", "#009e73") * 3), strict=False))
+    parts = breakdown_metrics(one.metric for group in groups.values() for one in group)
+    tint = {part: PART_COLOURS.get(part, style.MORE_COLOURS[index % 9]) for index, part in enumerate(parts)}
+    arms = {title: style.ordered(one.arm for one in group) for title, group in groups.items()}
+    handles: dict[str, Artist] = {}
     with style.look():
-        figure, axes = style.panels(len(groups), columns=2, height=0.6 + 0.3 * len(arms))
-        handles: dict[str, object] = {}
+        figure, axes = style.panels(len(groups), columns=2, height=0.6 + 0.32 * max(map(len, arms.values())))
         for place, (title, group) in zip(axes, groups.items(), strict=True):
             place.set_title(title)
-            lengths = [sum(estimate(rows).mean for rows in grouped(of_arm, lambda o: o.metric).values()) for of_arm in grouped(group, lambda o: o.arm).values()]
-            unit = style.unit_of("seconds", max(lengths))
-            for y, arm in enumerate(arms):
+            seconds = {
+                key: estimate(one).mean for key, one in grouped(group, lambda one: (one.arm, one.metric)).items()
+            }
+            unit = style.unit_of("seconds", max(seconds.values()))
+            for y, arm in enumerate(arms[title]):
                 left = 0.0
                 for part in parts:
-                    found = [one for one in of_metric(group, part) if one.arm == arm]
-                    if found:
-                        width = estimate(found).mean / unit.scale
-                        bar = place.barh(y, width, left=left, height=0.62, color=tint[part], edgecolor="none")
-                        handles[style.metric_label(part)] = bar
+                    if (arm, part) in seconds:
+                        width = seconds[arm, part] / unit.scale
+                        bar = place.barh(y, width, left=left, height=0.62, color=tint[part], edgecolor="none")[0]
+                        handles[part] = bar
                         left += width
-            place.set_ylim(len(arms) - 0.4, -0.6)
-            place.set_yticks(range(len(arms)), [style.label(arm) for arm in arms])
+            place.set_ylim(len(arms[title]) - 0.4, -0.6)
+            place.set_yticks(range(len(arms[title])), [style.label(arm) for arm in arms[title]])
             place.set_xlabel(f"wall time, {unit.name}")
             place.grid(axis="y", visible=False)
-        legend(figure, {part: handles[part] for part in map(style.metric_label, parts) if part in handles})
+        legend(figure, {style.metric_label(part): handles[part] for part in parts})
     return style.DrawnFigure(name, figure, caption)
 
 

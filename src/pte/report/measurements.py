@@ -7,6 +7,7 @@ questions, arms or metrics there are: any string is one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -111,9 +112,7 @@ def plain_value(value: object) -> Value:
     return str(value)
 
 
-def grouped(
-    measurements: Iterable[Measurement], key: Callable[[Measurement], Key]
-) -> dict[Key, list[Measurement]]:
+def grouped(measurements: Iterable[Measurement], key: Callable[[Measurement], Key]) -> dict[Key, list[Measurement]]:
     """Measurements by a key, keys in the order in which they first come."""
     groups: dict[Key, list[Measurement]] = {}
     for one in measurements:
@@ -126,12 +125,14 @@ def of_metric(measurements: Iterable[Measurement], metric: str) -> list[Measurem
     return [one for one in measurements if one.metric == metric]
 
 
-def sort_key(value: Value | None) -> tuple[int, float, str]:
-    """Numbers, also those written as text, by size; then words by letters."""
+def sort_key(value: Value | None) -> tuple[int, str, float]:
+    """Numbers, also those written as text, by size; then words by letters, by a number at their end where equal."""
     try:
-        return (0, float(value), "")  # type: ignore[arg-type]
+        return (0, "", float(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return (1, 0.0, str(value))
+        text = str(value)
+        ending = re.search(r"\d+$", text)
+        return (1, text[: ending.start()], float(ending.group())) if ending else (1, text, -1.0)
 
 
 def seeds_of(measurements: Iterable[Measurement]) -> list[int]:
@@ -140,11 +141,16 @@ def seeds_of(measurements: Iterable[Measurement]) -> list[int]:
 
 
 def words(setting: Sequence[tuple[str, Value]]) -> str:
-    """A setting as text, such as `4 windows, rank 32`."""
+    """A setting as text, such as `4 windows, rank 32` or `window of 16 tokens`."""
     parts = []
     for key, value in setting:
         name = key.replace("_", " ")
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        counts = key.endswith("s") and isinstance(value, (int, float))
-        parts.append(f"{shown} {name[:-1] if value == 1 else name}" if counts else f"{name} {shown}")
+        numeric = isinstance(value, (int, float))
+        if numeric and key.endswith("_tokens"):
+            parts.append(f"{name.removesuffix(' tokens')} of {shown} tokens")
+        elif numeric and key.endswith("s"):
+            parts.append(f"{shown} {name[:-1] if value == 1 else name}")
+        else:
+            parts.append(f"{name} {shown}")
     return ", ".join(parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pte.report.sections import Report
     from pte.report.style import DrawnFigure
 
+INTERVAL = re.compile(r" (\[[^\]]*, [^\]]*\])$")
 ASSETS = files("pte.report") / "assets"
 
 
@@ -26,9 +28,12 @@ def render_page(report: Report) -> str:
         report: What it shows.
     """
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["interval"] = lambda cell: Markup(
+        INTERVAL.sub(r' <span class="interval">\1</span>', str(escape(cell)))
+    )
     figures = all_figures(report)
     # `<` is written as an escape, so that no text of a rollout can end the script element.
     rollouts = json.dumps(report.viewer, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
@@ -99,5 +104,3 @@ def all_figures(report: Report) -> list[DrawnFigure]:
 def asset(name: str) -> str:
     """A file that is shipped beside this one."""
     return (ASSETS / name).read_text(encoding="utf-8")
-
-

@@ -6,7 +6,7 @@ known here gets a table of everything that was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,15 +57,16 @@ def arms_section(measurements: Sequence[Measurement]) -> Section:
     every = [one for group in accuracies.values() for one in group]
     trained = {one.stage for one in every} - {"none"}
     figures = []
-    if every:
+    # Evidence and single runs have settings of other names: one figure for each kind of setting.
+    kinds = grouped(every, lambda one: tuple(key for key, _ in one.setting))
+    for number, kind in enumerate(kinds.values(), start=1):
         figures.append(
             dot_figure(
-                accuracies,
-                name="arms",
-                metric="accuracy",
+                grouped(kind, panel_title),
+                name="arms" if number == 1 else f"arms-{number}",
                 row=lambda one: one.arm,
-                rows=style.ordered(one.arm for one in every),
-                hue=(lambda one: one.stage) if len(trained) > 1 else None,
+                rows=style.ordered(one.arm for one in kind),
+                hue=(lambda one: one.stage) if len({one.stage for one in kind} - {"none"}) > 1 else None,
                 caption="Accuracy of every arm on held-out problems.",
             )
         )
@@ -115,9 +116,8 @@ def arms_table(
         return NOTHING if value is None else f"{100 * value:.0f} %"
 
     columns = [("arm", arm_name), *([("learned by", stage_name)] if stages else [])]
-    rows = by_arm(measurements)
     return means_table(
-        sorted(rows, key=lambda one: metrics.index(one.metric) * 0),
+        by_arm(measurements),
         title=title,
         names=columns,
         metrics=metrics,
@@ -126,15 +126,24 @@ def arms_table(
     )
 
 
-def interval_note(measurements: Sequence[Measurement], key: object) -> str:
+def interval_note(measurements: Sequence[Measurement], key: Callable[[Measurement], Hashable]) -> str:
     """A sentence on what the brackets are."""
-    estimates = [estimate(group) for group in grouped(measurements, key).values()]  # type: ignore[arg-type]
+    estimates = [estimate(group) for group in grouped(measurements, key).values()]
     kinds = {one.interval for one in estimates} - {"none"}
     if not kinds:
         return ""
     totals = sorted({one.total for one in estimates if one.total})
-    answers = "" if not totals else f" of {totals[0]} answers" if len(totals) == 1 else f" of {totals[0]} to {totals[-1]} answers"
-    names = {"t over seeds": "Student's t over the seeds", "Wilson": f"Wilson's{answers} (one seed, or seeds that agree)"}
+    answers = (
+        ""
+        if not totals
+        else f" of {totals[0]} answers"
+        if len(totals) == 1
+        else f" of {totals[0]} to {totals[-1]} answers"
+    )
+    names = {
+        "t over seeds": "Student's t over the seeds",
+        "Wilson": f"Wilson's{answers} (one seed, or seeds that agree)",
+    }
     return f"Brackets: 95 % intervals, {'; '.join(names[kind] for kind in sorted(kinds))}."
 
 
@@ -146,7 +155,9 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
         name="capacity",
         metric="accuracy",
         scale=Scale("facts", "facts to recall, log scale", base=2, reference=KNEE),
-        panel=lambda one: ": ".join(part for part in (style.label(one.arm), words(one.without("facts", "rank"))) if part),
+        panel=lambda one: ": ".join(
+            part for part in (style.label(one.arm), words(one.without("facts", "rank"))) if part
+        ),
         line=lambda one: one.at("rank") or 0,
         line_label=lambda rank: f"rank {rank}",
         caption=f"Accuracy of recalling a fact that was evicted, over the number of facts, a line for each rank of the "
@@ -160,7 +171,11 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
     table = pivot(
         sorted(found, key=lambda one: (style.ordered(o.arm for o in found).index(one.arm), sort_key(one.at("rank")))),
         title=f"Accuracy by facts; knee: most facts up to which accuracy is at least {KNEE:.0%}",
-        names=[("rule", arm_name), ("rank", lambda one: str(one.at("rank") or NOTHING)), ("task", lambda one: panel_title(one, "facts", "rank"))],
+        names=[
+            ("rule", arm_name),
+            ("rank", lambda one: str(one.at("rank") or NOTHING)),
+            ("task", lambda one: panel_title(one, "facts", "rank")),
+        ],
         column=lambda one: one.number("facts"),
         column_label=lambda facts: f"{facts:g} facts",
         more=[("knee", knee_of)],
@@ -203,19 +218,27 @@ def over_condition(
                 caption=caption,
             )
         )
-        values = sorted({one.number(scale.key) for one in found})
-        shown = set(values if len(values) <= 9 else [values[round(place * (len(values) - 1) / 8)] for place in range(9)])
-        tables.append(
-            pivot(
-                [one for one in found if one.number(scale.key) in shown],
-                title=f"{style.metric_label(metric).capitalize()} by {column_label}",
-                names=[("arm", arm_name), ("setting", lambda one: panel_title(one, *hidden))],
-                column=lambda one: one.number(scale.key),
-                column_label=lambda value: f"{value:,.0f}" if float(str(value)) >= 1 else f"{value}",
-                note=interval_note(found, lambda one: (one.arm, one.task, one.setting)),
+        for title, group in grouped(found, lambda one: panel_title(one, *hidden)).items():
+            shown = spread({one.number(scale.key) for one in group})
+            tables.append(
+                pivot(
+                    [one for one in group if one.number(scale.key) in shown],
+                    title=f"{title}: {style.metric_label(metric)} by {column_label}",
+                    names=[("arm", arm_name)],
+                    column=lambda one: one.number(scale.key),
+                    column_label=lambda value: f"{value:,.0f}" if float(str(value)).is_integer() else f"{value:g}",
+                    note=interval_note(group, lambda one: (one.arm, one.setting)),
+                )
             )
-        )
     return tuple(figures), tuple(tables)
+
+
+def spread(values: Iterable[float], *, at_most: int = 9) -> list[float]:
+    """All of a few values; of many, some that are spread over them, both ends among them."""
+    values = sorted(values)
+    if len(values) <= at_most:
+        return values
+    return [values[round(place * (len(values) - 1) / (at_most - 1))] for place in range(at_most)]
 
 
 def forgetting_section(measurements: Sequence[Measurement]) -> Section:
@@ -242,7 +265,7 @@ def length_section(measurements: Sequence[Measurement]) -> Section:
         measurements,
         name="length",
         scale=Scale("windows", "windows generated, log scale", base=2, mark="trained_windows"),
-        caption="Accuracy over the length of the completion, counted in windows; dotted: the longest length trained on.",
+        caption="Accuracy over the length of the completion, counted in windows; dotted: the longest trained on.",
         column_label="windows generated",
     )
     return Section(
@@ -259,7 +282,7 @@ def rules_section(measurements: Sequence[Measurement]) -> Section:
     figures, tables = over_condition(
         measurements,
         name="rules",
-        scale=Scale("evictions", "evictions, log scale", base=10),
+        scale=Scale("evictions", "evictions, log scale", base=10, log_values=True),
         caption="What thousands of evictions do to the state under each update rule.",
         column_label="evictions",
     )
@@ -279,18 +302,16 @@ def ablation_section(measurements: Sequence[Measurement]) -> Section:
         values = sorted({str(one.at("value")) for one in group}, key=sort_key)
         name = factor.replace("_", " ")
         arms = {one.arm for one in group}
-        for metric_title, panels in grouped_by_metric(group).items():
-            figures.append(
-                dot_figure(
-                    panels,
-                    name="-".join(part for part in ("ablation", factor.replace("_", "-"), metric_title) if part),
-                    metric=metric_title or "accuracy",
-                    row=lambda one: str(one.at("value")),
-                    rows=values,
-                    hue=(lambda one: one.arm) if len(arms) > 1 else None,
-                    caption=f"Factor {name}: all else as in the main arms.",
-                )
+        figures.append(
+            dot_figure(
+                grouped(group, lambda one: f"{panel_title(one, 'factor', 'value')}: {style.metric_label(one.metric)}"),
+                name=f"ablation-{style.file_name(factor)}",
+                row=lambda one: str(one.at("value")),
+                rows=values,
+                hue=(lambda one: one.arm) if len(arms) > 1 else None,
+                caption=f"What {name} changes, all else as in the main arms.",
             )
+        )
         tables.append(
             means_table(
                 sorted(group, key=lambda one: (one.task, sort_key(str(one.at("value"))))),
@@ -314,19 +335,13 @@ def ablation_section(measurements: Sequence[Measurement]) -> Section:
     )
 
 
-def grouped_by_metric(measurements: Sequence[Measurement]) -> dict[str, dict[str, list[Measurement]]]:
-    """Panels of one figure for each metric, by task and the rest of the setting."""
-    return {
-        metric: grouped(group, lambda one: panel_title(one, "factor", "value"))
-        for metric, group in grouped(measurements, lambda one: one.metric).items()
-    }
-
-
 def transfer_section(measurements: Sequence[Measurement]) -> Section:
     """Trained on one task, read on another."""
     found = by_arm(of_metric(measurements, "accuracy"))
     hidden = ("trained_on", "read_on")
-    title = {one: ": ".join(part for part in (style.label(one.arm), words(one.without(*hidden))) if part) for one in found}
+    title = {
+        one: ": ".join(part for part in (style.label(one.arm), words(one.without(*hidden))) if part) for one in found
+    }
     figure = matrix_figure(
         grouped(found, lambda one: title[one]),
         name="transfer",
@@ -381,5 +396,3 @@ def generic_section(name: str, measurements: Sequence[Measurement]) -> Section:
         "Everything that was measured for this question.",
         tables=(table,),
     )
-
-

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pte.report import questions, style, work
-from pte.report.measurements import Measurement, grouped, seeds_of
 from pte.report.derived import measurements_of
+from pte.report.measurements import Measurement, grouped, seeds_of
 from pte.report.questions import Section
 from pte.report.tables import NOTHING, Table
 
@@ -92,8 +92,10 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
     ]
     viewer = viewer_groups(runs)
     return Report(
-        title=f"Evidence: {runs[0].name}" if all(run.kind == "evidence" for run in runs) else f"Report: {', '.join(dict.fromkeys(run.name for run in runs))}",
-        lead=f"Read from {' and '.join(counts)}. Intervals are 95 %; each caption says what was measured and how often.",
+        title=f"Evidence: {runs[0].name}"
+        if all(run.kind == "evidence" for run in runs)
+        else f"Report: {', '.join(dict.fromkeys(run.name for run in runs))}",
+        lead=f"Read from {' and '.join(counts)}. Intervals are 95 %; captions say what was measured and how often.",
         facts=facts(runs, measurements),
         notes=(*notes, *(note for run in runs for note in run.notes), *failed),
         sections=tuple(sections),
@@ -179,7 +181,9 @@ def facts(runs: Sequence[RecordedRun], measurements: Sequence[Measurement]) -> t
         found.append(("measurements", f"{len(measurements):,}"))
     parts = [part for run in runs for part in run.parts]
     if parts:
-        found.append(("parts, time measured", f"{len(parts)}, {style.shown('seconds', sum(part.seconds for part in parts))}"))
+        found.append(
+            ("parts, time measured", f"{len(parts)}, {style.shown('seconds', sum(part.seconds for part in parts))}")
+        )
     commits = sorted({short(commit) for run in runs for commit in commits_of(run)})
     if commits:
         found.append(("commit", ", ".join(commits)))
@@ -233,8 +237,8 @@ def provenance(runs: Sequence[RecordedRun]) -> list[Table]:
     """Runs, and the parts of evidence runs."""
     rows = []
     for run in runs:
-        seeds = run.record.get("seeds")
-        seeds = seeds if isinstance(seeds, list) else sorted({arm.seed for arm in run.arms})
+        recorded = run.record.get("seeds")
+        seeds = recorded if isinstance(recorded, list) else sorted({arm.seed for arm in run.arms})
         versions = run.record.get("versions")
         rows.append(
             (
@@ -243,17 +247,27 @@ def provenance(runs: Sequence[RecordedRun]) -> list[Table]:
                 ", ".join(map(short, commits_of(run))) or NOTHING,
                 hardware_words(run.record.get("hardware")) or NOTHING,
                 ", ".join(map(str, seeds)) or NOTHING,
-                ", ".join(f"{name} {one}" for name, one in versions.items()) if isinstance(versions, Mapping) else NOTHING,
+                ", ".join(f"{name} {one}" for name, one in versions.items())
+                if isinstance(versions, Mapping)
+                else NOTHING,
             )
         )
     tables = [Table("Runs", ("run", "command", "commit", "hardware", "seeds", "versions"), tuple(rows), names=6)]
     parts = [
-        (part.name, part.question, f"{len(part.measurements):,}", style.shown("seconds", part.seconds), short(part.commit or NOTHING))
+        (
+            part.name,
+            part.question,
+            f"{len(part.measurements):,}",
+            style.shown("seconds", part.seconds),
+            short(part.commit or NOTHING),
+        )
         for run in runs
         for part in run.parts
     ]
     if parts:
-        tables.append(Table("Parts", ("part", "question", "measurements", "wall time", "commit"), tuple(parts), names=2))
+        tables.append(
+            Table("Parts", ("part", "question", "measurements", "wall time", "commit"), tuple(parts), names=2)
+        )
     return tables
 
 
@@ -268,7 +282,9 @@ def viewer_groups(runs: Sequence[RecordedRun]) -> tuple[Mapping[str, object], ..
             found.append((f"{run.name}: {style.label(name)}", name, rollouts))
     found.sort(key=lambda one: not one[1].startswith("pte"))
     return tuple(
-        {"label": label, "rollouts": [rounded(rollout) for rollout in rollouts]} for label, _, rollouts in found if rollouts
+        {"label": label, "rollouts": [rounded(rollout) for rollout in rollouts]}
+        for label, _, rollouts in found
+        if rollouts
     )
 
 
@@ -276,4 +292,7 @@ def rounded(rollout: Row) -> Row:
     """The same with log-probs of as many digits as anyone reads."""
     logprobs = rollout.get("logprobs")
     assert isinstance(logprobs, list)
-    return {**rollout, "logprobs": [round(value, LOGPROB_DIGITS) for value in logprobs if isinstance(value, (int, float))]}
+    return {
+        **rollout,
+        "logprobs": [round(value, LOGPROB_DIGITS) for value in logprobs if isinstance(value, (int, float))],
+    }

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pte.report.measurements import sort_key
 
@@ -40,6 +40,8 @@ LABELS = {
     "pte_shuffled": "PTE, state shuffled",
     "every token kept": "every token kept (computed)",
 }
+# What an arm that is not known above is called, and the known arm that it comes after.
+FAMILIES = {"base": ("base", "base_window"), "lora": ("LoRA", "lora_rkv"), "pte": ("PTE", "pte_best")}
 COLOURS = {
     "base_full": "#7d8896",
     "base_window": "#aab3bd",
@@ -61,6 +63,7 @@ COLOURS = {
     "every token kept": "#7d8896",
 }
 MORE_COLOURS = ("#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#8f5fa8", "#b37400", "#00634a", "#5b4b9a", "#a3333d")
+COLUMNS = 3
 MARKERS = "osD^vPX<>p*h"
 STAGES = {"none": "not trained", "warm_start": "warm start", "grpo": "GRPO alone", "both": "warm start + GRPO"}
 METRICS = {
@@ -71,14 +74,16 @@ METRICS = {
     "peak_bytes": "peak memory",
     "peak_memory_bytes": "peak memory",
     "seconds": "wall time",
+    "evaluation_seconds": "evaluation",
     "completion_tokens": "completion length",
     "state_norm": "|S|, Frobenius norm",
     "loss": "loss",
     "entropy": "entropy",
 }
 BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
-RC = {
+COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+UNABRIDGED = 1e4
+RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -176,7 +181,7 @@ def look() -> Iterator[None]:
         yield
 
 
-def panels(count: int, *, columns: int = 3, height: float = 2.6, width: float = 9.6) -> tuple[Figure, list[Axes]]:
+def panels(count: int, *, columns: int = COLUMNS, height: float = 2.6, width: float = 9.6) -> tuple[Figure, list[Axes]]:
     """A figure with a grid of `count` panels, as wide as the page.
 
     Args:
@@ -198,7 +203,11 @@ def panels(count: int, *, columns: int = 3, height: float = 2.6, width: float = 
 
 def label(name: str) -> str:
     """What a reader sees of an arm."""
-    return LABELS.get(name, name.replace("_", " "))
+    if name in LABELS:
+        return LABELS[name]
+    family, _, rest = name.partition("_")
+    words = rest.replace("_", " ")
+    return f"{FAMILIES[family][0]}, {words}" if family in FAMILIES and words else name.replace("_", " ")
 
 
 def metric_label(metric: str) -> str:
@@ -210,9 +219,16 @@ def metric_label(metric: str) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Known arms in their order, then the others, numbers by size."""
+    """Known arms in their order, unknown ones behind the known of their family, then others, numbers by size."""
     known = list(LABELS)
-    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), sort_key(name)))
+
+    def place(name: str) -> float:
+        if name in known:
+            return known.index(name)
+        family = name.partition("_")[0]
+        return known.index(FAMILIES[family][1]) + 0.5 if family in FAMILIES else len(known)
+
+    return sorted(set(names), key=lambda name: (place(name), sort_key(name)))
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
@@ -229,7 +245,7 @@ def shades(count: int) -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(colormaps["viridis"](0.85 - 0.7 * place / max(1, count - 1))) for place in range(count)]
+    return [to_hex(colormaps["viridis"](0.85 - 0.6 * place / max(1, count - 1))) for place in range(count)]
 
 
 def is_percent(metric: str) -> bool:
@@ -247,7 +263,9 @@ def unit_of(metric: str, largest: float) -> Unit:
         if largest >= 600:
             return Unit(60, "min")
         return Unit(1, "s") if largest >= 1 else Unit(1e-3, "ms")
-    return next((Unit(size, name) for size, name in COUNTS if abs(largest) >= size), Unit(1, ""))
+    if abs(largest) < UNABRIDGED:
+        return Unit(1, "")
+    return next(Unit(size, name) for size, name in COUNTS if abs(largest) >= size)
 
 
 def number(value: float) -> str:
@@ -266,7 +284,12 @@ def shown(metric: str, value: float) -> str:
     unit = unit_of(metric, value)
     if unit.name == "%":
         return f"{value / unit.scale:.1f} %"
-    return f"{number(value / unit.scale)} {unit.name}".rstrip()
+    return f"{digits(metric, value / unit.scale)} {unit.name}".rstrip()
+
+
+def digits(metric: str, value: float) -> str:
+    """A value in its unit; rewards with three decimals, as they stand beside each other."""
+    return f"{value:.3f}" if metric == "reward" else number(value)
 
 
 def shown_estimate(metric: str, one: Estimate) -> str:
@@ -277,7 +300,7 @@ def shown_estimate(metric: str, one: Estimate) -> str:
     unit = unit_of(metric, one.mean)
     if unit.name == "%":
         return f"{text} [{one.low / unit.scale:.1f}, {one.high / unit.scale:.1f}]"
-    return f"{text} [{number(one.low / unit.scale)}, {number(one.high / unit.scale)}]"
+    return f"{text} [{digits(metric, one.low / unit.scale)}, {digits(metric, one.high / unit.scale)}]"
 
 
 def file_name(text: str) -> str:

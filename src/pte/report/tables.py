@@ -16,7 +16,7 @@ from pte.report.statistics import estimate
 if TYPE_CHECKING:
     from pte.report.measurements import Measurement
 
-NOTHING = "–"
+NOTHING = "-"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pte.report.curves import learning_figure, rl_figure
 from pte.report.figures import Scale, breakdown_metrics, panel_title, stacked_figure
 from pte.report.measurements import Measurement, grouped, of_metric, seeds_of
 from pte.report.questions import Section, by_arm, over_condition
-from pte.report.statistics import estimate
+from pte.report.statistics import Estimate, estimate
 from pte.report.tables import NOTHING, Table, arm_name, means_table
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def rl_section(measurements: Sequence[Measurement]) -> Section:
     for (title, arm), group in grouped(by_arm(measurements), lambda one: (rl_title(one), one.arm)).items():
         first, last = (ends(group, part) for part in ("first", "last"))
         gaps = [one.value for one in of_metric(group, "logprob_gap_max")]
-        spent = [max((one.number(key) for one in group if one.at(key) is not None), default=0) for key in ("seconds", "tokens")]
+        spent = [
+            max((one.number(key) for one in group if one.at(key) is not None), default=0)
+            for key in ("seconds", "tokens")
+        ]
         rows.append(
             (
                 title,
@@ -74,13 +77,15 @@ def rl_section(measurements: Sequence[Measurement]) -> Section:
         )
     gaps = [one.value for one in of_metric(measurements, "logprob_gap_max")]
     if gaps:
-        findings.append(f"The largest gap between rollout and replay over all steps of all arms is {max(gaps):.1e} nats.")
+        findings.append(
+            f"The largest gap between rollout and replay over all steps of all arms is {max(gaps):.1e} nats."
+        )
     table = Table(
         "Reward at both ends of GRPO",
         ("task", "arm", "seeds", "reward, first tenth", "reward, last tenth", "wall time", "tokens", "largest gap"),
         tuple(rows),
         names=2,
-        note="Rewards: means over the first and the last tenth of the steps; brackets over seeds, where there are several.",
+        note="Rewards: means over the first and the last tenth of the steps; brackets: t over several seeds.",
     )
     return Section(
         "rl",
@@ -97,11 +102,14 @@ def rl_title(one: Measurement) -> str:
     return panel_title(one, "step", "seconds", "tokens")
 
 
-def ends(measurements: Sequence[Measurement], part: str) -> object:
+def ends(measurements: Sequence[Measurement], part: str) -> Estimate | None:
     """The estimate over seeds of the mean reward of the first or last tenth of the steps; None without a reward."""
     means = []
     for group in grouped(of_metric(measurements, "reward"), lambda one: one.seed).values():
-        rows = sorted(group, key=lambda one: next(one.number(key) for key in ("step", "seconds", "tokens") if one.at(key) is not None))
+        rows = sorted(
+            group,
+            key=lambda one: next(one.number(key) for key in ("step", "seconds", "tokens") if one.at(key) is not None),
+        )
         count = max(1, len(rows) // 10)
         chosen = rows[:count] if part == "first" else rows[-count:]
         one = chosen[0]
@@ -116,26 +124,41 @@ def cost_section(measurements: Sequence[Measurement]) -> Section:
     metrics = list(dict.fromkeys(one.metric for one in found))
     parts = breakdown_metrics(metrics)
     figures, tables, findings = [], [], []
-    timed = {title: group for title, group in grouped([one for one in found if one.metric in parts], panel_title).items()}
+    timed = {
+        title: group for title, group in grouped([one for one in found if one.metric in parts], panel_title).items()
+    }
     if timed:
         figures.append(
             stacked_figure(
                 timed,
                 name="cost",
-                caption="Wall time of a step by what it is spent on; fold and read are the state's own work. Means over "
-                "seeds; the table has the intervals.",
+                caption="Wall time of a step by what it is spent on; fold and read are the state's work. Means over "
+                "the seeds of the table below, which has their intervals.",
             )
         )
     for title, group in grouped(found, panel_title).items():
         here = [metric for metric in metrics if any(one.metric == metric for one in group)]
         ordered = [metric for metric in here if metric not in parts] + [metric for metric in parts if metric in here]
-        shares = {arm: share for arm, rows in grouped(group, lambda one: one.arm).items() if (share := state_share(rows)) is not None}
+        shares = {
+            arm: share
+            for arm, rows in grouped(group, lambda one: one.arm).items()
+            if (share := state_share(rows)) is not None
+        }
         findings += [
-            f"{title}: {style.label(arm)} spends {share:.1%} of its measured wall time on the state (fold and read)."
+            f"{title}: {style.label(arm)} spends {style.shown('time_share', share)} of its wall time on the state."
             for arm, share in shares.items()
             if share > 0
         ]
-        more = [("fold + read", lambda rows: NOTHING if (share := state_share(rows)) is None else f"{share:.1%}")] if shares else []
+        more = (
+            [
+                (
+                    "fold + read",
+                    lambda rows: NOTHING if (share := state_share(rows)) is None else style.shown("time_share", share),
+                )
+            ]
+            if shares
+            else []
+        )
         tables.append(means_table(group, title=title, names=[("arm", arm_name)], metrics=ordered, more=more))
     return Section(
         "cost",
@@ -171,10 +194,15 @@ def memory_section(measurements: Sequence[Measurement]) -> Section:
     ).items():
         words = []
         for arm, rows in grouped(group, lambda one: one.arm).items():
-            values = {place: estimate(found).mean for place, found in grouped(rows, lambda one: one.number("tokens")).items()}
-            half = [value for place, value in values.items() if place >= max(values) / 2]
-            if len(half) > 1 and max(half) < FLAT * min(half):
-                words.append(f"{style.label(arm)} stays flat at {style.shown(metric, max(half))}")
+            values = {
+                place: estimate(found).mean for place, found in grouped(rows, lambda one: one.number("tokens")).items()
+            }
+            middle = (min(values) + max(values)) / 2
+            early, late = (
+                [value for place, value in values.items() if (place > middle) is after] for after in (False, True)
+            )
+            if late and max(late) <= FLAT * max(early):
+                words.append(f"{style.label(arm)} stays flat at {style.shown(metric, max(late))}")
             elif len(values) > 1:
                 last = max(values)
                 words.append(f"{style.label(arm)} rises to {style.shown(metric, values[last])} at {last:,.0f} tokens")
@@ -183,10 +211,8 @@ def memory_section(measurements: Sequence[Measurement]) -> Section:
     return Section(
         "memory",
         "Memory",
-        "Does memory stay flat while completions grow? Flat: within 5 % over the second half.",
+        "Does memory stay flat while completions grow? Flat: at most 5 % more in the second half.",
         tuple(findings),
         figures,
         tables,
     )
-
-

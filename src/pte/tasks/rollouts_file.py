@@ -42,9 +42,7 @@ def write_rollouts(
     if not chosen:
         return
     inspected = inspect_rollouts(policy, [one.rollout for one in chosen])
-    rows = [
-        rollout_row(one, found, policy=policy, task=task) for one, found in zip(chosen, inspected, strict=True)
-    ]
+    rows = [rollout_row(one, found, policy=policy, task=task) for one, found in zip(chosen, inspected, strict=True)]
     replace_synced(Path(path), json.dumps(rows).encode())
 
 

@@ -39,7 +39,7 @@
       if (value >= size) return `${(value / size).toPrecision(3)} ${unit}`;
     return `${value} B`;
   };
-  const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1000 || Math.abs(value) < 0.001
+  const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 0.001
     ? value.toExponential(1) : String(Number(value.toPrecision(3))));
   const visible = (text) => (text.trim() === "" ? JSON.stringify(text) : text.trim());
 
