@@ -1,4 +1,4 @@
-"""What is asked of a policy's memory, and how it is answered: arms, capacity, forgetting, length, ablations, transfer.
+"""What is asked of a state: capacity, forgetting, length, update rules, ablations, transfer, and anything else.
 
 Decides: for each question, its figures, tables and the sentences that follow from the numbers. A question that is not
 known here gets a table of everything that was measured.
@@ -6,145 +6,19 @@ known here gets a table of everything that was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pte.report import style
-from pte.report.figures import Scale, dot_figure, line_figure, matrix_figure, panel_title
+from pte.report.figures import Scale, dot_figure, line_figure, panel_title
+from pte.report.grids import matrix_figure
 from pte.report.measurements import Measurement, grouped, of_metric, seeds_of, sort_key, words
-from pte.report.statistics import KNEE, Estimate, estimate, gap_closed, knee
-from pte.report.tables import NOTHING, Table, arm_name, means_table, pivot, stage_name
+from pte.report.section import Section, by_arm, interval_note, over_condition
+from pte.report.statistics import KNEE, Estimate, estimate, knee
+from pte.report.tables import NOTHING, Table, arm_name, means_table, pivot
 
 if TYPE_CHECKING:
-    from pte.report.style import DrawnFigure
-
-REFERENCES = ("lora_window", "lora_full")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Args:
-        name: Of its anchor.
-        title: Heading.
-        question: What is asked, a sentence or two.
-        findings: Sentences that follow from the numbers.
-        figures: In order.
-        tables: In order.
-    """
-
-    name: str
-    title: str
-    question: str
-    findings: tuple[str, ...] = ()
-    figures: tuple[DrawnFigure, ...] = ()
-    tables: tuple[Table, ...] = ()
-
-
-def by_arm(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The same, arms in their order."""
-    order = style.ordered(one.arm for one in measurements)
-    return sorted(measurements, key=lambda one: order.index(one.arm))
-
-
-def arms_section(measurements: Sequence[Measurement]) -> Section:
-    """Accuracy of every arm, and the gap closed."""
-    groups = grouped(by_arm(measurements), panel_title)
-    accuracies = {title: of_metric(group, "accuracy") for title, group in groups.items()}
-    accuracies = {title: group for title, group in accuracies.items() if group}
-    every = [one for group in accuracies.values() for one in group]
-    trained = {one.stage for one in every} - {"none"}
-    figures = []
-    # Evidence and single runs have settings of other names: one figure for each kind of setting.
-    kinds = grouped(every, lambda one: tuple(key for key, _ in one.setting))
-    for number, kind in enumerate(kinds.values(), start=1):
-        figures.append(
-            dot_figure(
-                grouped(kind, panel_title),
-                name="arms" if number == 1 else f"arms-{number}",
-                row=lambda one: one.arm,
-                rows=style.ordered(one.arm for one in kind),
-                hue=(lambda one: one.stage) if len({one.stage for one in kind} - {"none"}) > 1 else None,
-                caption="Accuracy of every arm on held-out problems.",
-            )
-        )
-    tables, findings = [], []
-    for title, group in groups.items():
-        closed = gaps(of_metric(group, "accuracy"))
-        best = max(closed, key=lambda key: closed[key], default=None)
-        if best is not None:
-            findings.append(
-                f"{title}: {style.label(best[0])} ({style.STAGES.get(best[1], best[1])}) closes "
-                f"{100 * closed[best]:.0f} % of the gap from LoRA_c to full-cache LoRA."
-            )
-        tables.append(arms_table(title, group, closed=closed, stages=len(trained) > 1))
-    return Section(
-        "arms",
-        "Arms",
-        "Which policy answers right under which cache? Gap closed is (arm - LoRA_c) / (LoRA with the full cache - "
-        "LoRA_c), of the means.",
-        tuple(findings),
-        tuple(figures),
-        tuple(tables),
-    )
-
-
-def gaps(measurements: Sequence[Measurement]) -> dict[tuple[str, str], float]:
-    """Gap closed by (arm, stage), against the references that had learned in the same way."""
-    means = {key: estimate(group).mean for key, group in grouped(measurements, lambda o: (o.arm, o.stage)).items()}
-    found = {}
-    for (arm, stage), mean in means.items():
-        low, high = (means.get((reference, stage)) for reference in REFERENCES)
-        if arm not in REFERENCES and low is not None and high is not None:
-            closed = gap_closed(mean, low=low, high=high)
-            if closed is not None:
-                found[arm, stage] = closed
-    return found
-
-
-def arms_table(
-    title: str, measurements: Sequence[Measurement], *, closed: dict[tuple[str, str], float], stages: bool
-) -> Table:
-    """One task and setting."""
-    metrics = list(dict.fromkeys(one.metric for one in measurements))
-    metrics = [one for one in ("accuracy",) if one in metrics] + [one for one in metrics if one != "accuracy"]
-
-    def gap(group: Sequence[Measurement]) -> str:
-        value = closed.get((group[0].arm, group[0].stage))
-        return NOTHING if value is None else f"{100 * value:.0f} %"
-
-    columns = [("arm", arm_name), *([("learned by", stage_name)] if stages else [])]
-    return means_table(
-        by_arm(measurements),
-        title=title,
-        names=columns,
-        metrics=metrics,
-        more=[("gap closed", gap), ("seeds", lambda group: str(len(seeds_of(group))))],
-        note=interval_note(of_metric(measurements, "accuracy"), lambda one: (one.arm, one.stage)),
-    )
-
-
-def interval_note(measurements: Sequence[Measurement], key: Callable[[Measurement], Hashable]) -> str:
-    """A sentence on what the brackets are."""
-    estimates = [estimate(group) for group in grouped(measurements, key).values()]
-    kinds = {one.interval for one in estimates} - {"none"}
-    if not kinds:
-        return ""
-    totals = sorted({one.total for one in estimates if one.total})
-    answers = (
-        ""
-        if not totals
-        else f" of {totals[0]} answers"
-        if len(totals) == 1
-        else f" of {totals[0]} to {totals[-1]} answers"
-    )
-    names = {
-        "t over seeds": "Student's t over the seeds",
-        "Wilson": f"Wilson's{answers} (one seed, or seeds that agree)",
-    }
-    return f"Brackets: 95 % intervals, {'; '.join(names[kind] for kind in sorted(kinds))}."
+    pass
 
 
 def capacity_section(measurements: Sequence[Measurement]) -> Section:
@@ -190,55 +64,6 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
         (figure,),
         (table,),
     )
-
-
-def over_condition(
-    measurements: Sequence[Measurement],
-    *,
-    name: str,
-    scale: Scale,
-    caption: str,
-    column_label: str,
-) -> tuple[tuple[DrawnFigure, ...], tuple[Table, ...]]:
-    """A figure and a table for each metric over a condition of the setting, lines for arms, panels for the rest."""
-    figures, tables = [], []
-    hidden = [scale.key, *([scale.mark] if scale.mark else [])]
-    metrics = list(dict.fromkeys(one.metric for one in measurements))
-    for metric in metrics:
-        found = by_arm(of_metric(measurements, metric))
-        several = f"-{metric}" if len(metrics) > 1 else ""
-        figures.append(
-            line_figure(
-                found,
-                name=f"{name}{several}".replace("_", "-"),
-                metric=metric,
-                scale=scale,
-                panel=lambda one: panel_title(one, *hidden),
-                line=lambda one: one.arm,
-                caption=caption,
-            )
-        )
-        for title, group in grouped(found, lambda one: panel_title(one, *hidden)).items():
-            shown = spread({one.number(scale.key) for one in group})
-            tables.append(
-                pivot(
-                    [one for one in group if one.number(scale.key) in shown],
-                    title=f"{title}: {style.metric_label(metric)} by {column_label}",
-                    names=[("arm", arm_name)],
-                    column=lambda one: one.number(scale.key),
-                    column_label=lambda value: f"{value:,.0f}" if float(str(value)).is_integer() else f"{value:g}",
-                    note=interval_note(group, lambda one: (one.arm, one.setting)),
-                )
-            )
-    return tuple(figures), tuple(tables)
-
-
-def spread(values: Iterable[float], *, at_most: int = 9) -> list[float]:
-    """All of a few values; of many, some that are spread over them, both ends among them."""
-    values = sorted(values)
-    if len(values) <= at_most:
-        return values
-    return [values[round(place * (len(values) - 1) / (at_most - 1))] for place in range(at_most)]
 
 
 def forgetting_section(measurements: Sequence[Measurement]) -> Section:

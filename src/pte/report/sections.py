@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pte.report import questions, style, work
+from pte.report import questions, ranking, style, work
 from pte.report.derived import measurements_of
 from pte.report.measurements import Measurement, grouped, seeds_of
-from pte.report.questions import Section
+from pte.report.section import Section
 from pte.report.tables import NOTHING, Table
 
 if TYPE_CHECKING:
     from pte.report.runs import RecordedRun, Row
 
 QUESTIONS: dict[str, Callable[[Sequence[Measurement]], Section]] = {
-    "arms": questions.arms_section,
+    "arms": ranking.arms_section,
     "capacity": questions.capacity_section,
     "forgetting": questions.forgetting_section,
     "length": questions.length_section,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from pte.report import style
 from pte.report.curves import learning_figure, rl_figure
-from pte.report.figures import Scale, breakdown_metrics, panel_title, stacked_figure
+from pte.report.figures import Scale, panel_title
+from pte.report.grids import breakdown_metrics, stacked_figure
 from pte.report.measurements import Measurement, grouped, of_metric, seeds_of
-from pte.report.questions import Section, by_arm, over_condition
+from pte.report.section import Section, by_arm, over_condition
 from pte.report.statistics import Estimate, estimate
 from pte.report.tables import NOTHING, Table, arm_name, means_table
 
