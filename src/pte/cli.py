@@ -1,4 +1,4 @@
-"""The command `pte`: train, distill, eval, generate, compare, bench.
+"""The command `pte`: train, distill, eval, generate, compare, report, bench.
 
 Decides: how an experiment file, a saved adapter's options and the user's flags become one configuration (in this
 order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
@@ -28,6 +28,7 @@ commands:
   eval      accuracy, length, evictions and cache bytes of a policy on problem sets
   generate  completions of prompts under a bounded cache
   compare   the main job: base, LoRA and PTE arms from one experiment file, a table and a figure
+  report    one HTML page, figures and tables from the files of any runs
   bench     speed and memory against Transformers, in one run
 
 examples:
@@ -37,6 +38,7 @@ examples:
   pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte
   pte eval --cache.policy none --eval.problems 128
   pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
+  pte report runs/embedded --output report.html
   pte bench --preset cpu
 
 `pte COMMAND --help` lists the flags of a command."""
@@ -49,6 +51,8 @@ EXAMPLES = {
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
+    "report": "pte report runs/embedded\n  pte report runs/seed0 runs/seed1 runs/seed2 --output seeds.html\n"
+    "  pte report runs/evidence --output report.html --figures docs/figures --markdown docs/evidence.md",
     "bench": "pte bench --preset cpu --output cpu.json",
 }
 
@@ -82,6 +86,8 @@ class EvalArguments:
     """Write the scores to this JSON file."""
     completions: str | None = None
     """Write every completion to this JSONL file."""
+    rollouts: str | None = None
+    """Write a few completions with log-probs, evictions and states to this JSON file, for `pte report`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,24 @@ class GenerateArguments:
     """Problems to complete; one argument each."""
     problems: str | None = None
     """JSONL file of problems to complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArguments:
+    """One self-contained HTML page, figures and tables, from the JSON of any runs and from that alone.
+
+    A run is a directory that pte train, pte compare or pte evidence wrote. Runs of several seeds are averaged. What a
+    run has no data for is left out; what is missing or half written is said in a sentence.
+    """
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Run directories."""
+    output: str = "report.html"
+    """The page."""
+    figures: str | None = None
+    """Write the figures as PNG files into this directory."""
+    markdown: str | None = None
+    """Write the tables as Markdown into this file, with links to the figures where they are written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +135,7 @@ ARGUMENTS = {
     "eval": EvalArguments,
     "generate": GenerateArguments,
     "compare": CompareArguments,
+    "report": ReportArguments,
     "bench": BenchArguments,
 }
 
@@ -155,7 +180,7 @@ def parse(command: str, words: Sequence[str]) -> object:
     """
     kind = ARGUMENTS[command]
     words = list(words)
-    if kind is not BenchArguments:
+    if kind not in (BenchArguments, ReportArguments):
         from pte.config_file import flags_from_file, refuse_flags
 
         refuse_flags(words)

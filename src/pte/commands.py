@@ -20,9 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from pte.compare import compare
 from pte.dry_run import dry_run
-from pte.figures import learning_curve
 from pte.learn.stage import StepResult
 from pte.learn.trainer import Run, open_run, train
+from pte.report.curves import learning_curve
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
@@ -31,12 +31,20 @@ from pte.session import Session, check_evaluation, open_session
 from pte.tasks.evaluate import Evaluation, evaluate_session
 from pte.tasks.overlap import overlap_warnings
 from pte.tasks.problems import Problem, load_problems
+from pte.tasks.rollouts_file import ROLLOUTS_FILE, write_rollouts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pte.checkpoint_files import Json
-    from pte.cli import BenchArguments, CompareArguments, EvalArguments, GenerateArguments, TrainArguments
+    from pte.cli import (
+        BenchArguments,
+        CompareArguments,
+        EvalArguments,
+        GenerateArguments,
+        ReportArguments,
+        TrainArguments,
+    )
     from pte.config import ExperimentConfig
     from pte.tasks.evaluate import EvaluatedCompletion
 
@@ -56,6 +64,7 @@ def run(command: str, arguments: object) -> None:
         "eval": eval_command,
         "generate": generate_command,
         "compare": compare_command,
+        "report": report_command,
         "bench": bench_command,
     }[command](arguments, console)  # type: ignore[operator]
 
@@ -70,7 +79,7 @@ def distill_command(arguments: TrainArguments, console: Console) -> None:
 
 
 def train_command(arguments: TrainArguments, console: Console) -> None:
-    """Warm start and GRPO, then the evaluation; writes summary.json and curve.png."""
+    """Warm start and GRPO, then the evaluation; writes summary.json, rollouts.json and curve.png."""
     config = arguments.experiment
     if arguments.dry_run:
         console.print(dry_run(config))
@@ -85,7 +94,12 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
     )
     with step_progress(run, console) as on_step:
         train(run, on_step=on_step)
-    evaluations = evaluate_sets(run.session, config, console)
+    completions: list[EvaluatedCompletion] = []
+
+    def keep(_: dict[str, Evaluation], done: list[EvaluatedCompletion]) -> None:
+        completions[:] = done
+
+    evaluations = evaluate_sets(run.session, config, console, on_set=keep)
     summary = {
         "run": str(run.directory),
         "seconds": time.perf_counter() - started,
@@ -94,6 +108,8 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
         "last_metrics": last_metrics(run),
     }
     replace_synced(run.directory / "summary.json", json.dumps(summary, indent=2).encode())
+    if config.eval.state_control == "own":
+        write_rollouts(run.directory / ROLLOUTS_FILE, run.session.policy, run.session.task, completions)
     learning_curve(run.directory / "metrics.jsonl", run.directory / "curve.png")
     console.print(evaluation_table(evaluations.values()))
     console.print(f"summary, metrics and curve.png in [bold]{run.directory}[/]")
@@ -179,8 +195,13 @@ def evaluate_sets(
 def eval_command(arguments: EvalArguments, console: Console) -> None:
     """Scores as a table and, where asked for, as JSON."""
     config = arguments.experiment
-    for path in (arguments.output, arguments.completions):
+    for path in (arguments.output, arguments.completions, arguments.rollouts):
         check_output(path)
+    if arguments.rollouts is not None and config.eval.state_control != "own":
+        raise ValueError(
+            f"--rollouts needs eval.state_control 'own', got {config.eval.state_control!r}: a control's states "
+            f"cannot be walked again; leave out one of the two"
+        )
     if arguments.train_path is not None:
         for path in config.task.eval_paths:
             for warning in overlap_warnings(arguments.train_path, path):
@@ -197,6 +218,8 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
         if arguments.completions is not None:
             lines = [json.dumps(completion_row(one)) + "\n" for one in completions]
             replace_synced(Path(arguments.completions), "".join(lines).encode())
+        if arguments.rollouts is not None:
+            write_rollouts(arguments.rollouts, session.policy, session.task, completions)
 
     evaluations = evaluate_sets(session, config, console, on_set=write)
     console.print(evaluation_table(evaluations.values()))
@@ -288,3 +311,12 @@ def bench_command(arguments: BenchArguments, console: Console) -> None:
 
     check_output(arguments.output)
     run_preset(arguments.preset, output=None if arguments.output is None else Path(arguments.output))
+
+
+def report_command(arguments: ReportArguments, console: Console) -> None:
+    """The page, the figures and the tables of any runs."""
+    from pte.report.command import write_report
+
+    for path in (arguments.output, arguments.markdown):
+        check_output(path)
+    write_report(arguments, console)

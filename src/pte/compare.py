@@ -21,8 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from pte.arms import arm_config
-from pte.figures import compare_figure, read_metrics
 from pte.jobs import Job, run_jobs
+from pte.report.arms import compare_figure
+from pte.report.curves import read_metrics
+from pte.report.runs import numbers
 from pte.run_record import (
     RECORD_FILE,
     check_resumed_config,
@@ -32,11 +34,13 @@ from pte.run_record import (
     replace_synced,
     save_record,
 )
-from pte.session import check_problems, open_session
+from pte.session import Session, check_problems, open_session
+from pte.tasks.rollouts_file import ROLLOUTS_FILE, write_rollouts
 
 if TYPE_CHECKING:
     from pte.checkpoint_files import Json
     from pte.config import ExperimentConfig
+    from pte.tasks.evaluate import EvaluatedCompletion
 
 TRAINED = ("pte", "lora_window", "lora_full")
 SCORED = ("base_full", "base_window", "lora_full", "lora_window", "pte", "pte_zeroed", "pte_shuffled")
@@ -141,7 +145,9 @@ def run_arm(config: ExperimentConfig, arm: str) -> None:
     else:
         directory.mkdir(parents=True, exist_ok=True)
         session = open_session(own)
-    result[arm] = score(own, session)
+    result[arm], completions = scored_completions(own, session)
+    if own.eval.state_control == "own":
+        write_rollouts(directory / ROLLOUTS_FILE, session.policy, session.task, completions)
     if arm == "pte":
         result["reward"] = score(sampled(own), session)
         for control in ("pte_zeroed", "pte_shuffled"):
@@ -158,14 +164,17 @@ def sampled(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, eval=scores)
 
 
-def score(config: ExperimentConfig, session: object) -> dict[str, Json]:
+def score(config: ExperimentConfig, session: Session) -> dict[str, Json]:
     """Accuracy of a session's policy on the first evaluation set of its task."""
-    from pte.session import Session
+    return scored_completions(config, session)[0]
+
+
+def scored_completions(config: ExperimentConfig, session: Session) -> tuple[dict[str, Json], list[EvaluatedCompletion]]:
+    """The same with the completions."""
     from pte.tasks.evaluate import evaluate_session
 
-    assert isinstance(session, Session)
-    evaluation, _ = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
-    return evaluation.as_json()
+    evaluation, completions = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
+    return evaluation.as_json(), completions
 
 
 def compare(config: ExperimentConfig, *, workers: int | None, console: Console, progress: Progress) -> None:
@@ -219,7 +228,7 @@ def compare(config: ExperimentConfig, *, workers: int | None, console: Console, 
     replace_synced(directory / "summary.json", json.dumps(asdict(summary), indent=2).encode())
     compare_figure(
         summary.arms,
-        {arm: directory / arm / "metrics.jsonl" for arm in reversed(TRAINED)},
+        {arm: read_metrics(directory / arm / "metrics.jsonl") for arm in reversed(TRAINED)},
         directory / "arms.png",
         subtitle=f"window {summary.window_tokens} tokens, traces {summary.trace_tokens} tokens, "
         f"{summary.heldout_problems} held-out problems, greedy, 95 % intervals",
@@ -274,7 +283,7 @@ def summarise(config: ExperimentConfig, directory: Path, *, seconds: float) -> S
         heldout_problems=scores["pte"]["problems"],
         distill_steps=config.distill.steps,
         grpo_steps=config.train.steps,
-        max_logprob_gap=max(float(row["logprob_gap_max"] or 0) for row in rows if "logprob_gap_max" in row),
+        max_logprob_gap=max(gap for (gap,) in numbers(rows, "logprob_gap_max")),
         gap_closed=(arms["pte"].accuracy - low) / (high - low) if high > low else None,
         warm_start_accuracy=warm["accuracy"]["accuracy"],
         warm_start_reward=warm["reward"]["accuracy"],

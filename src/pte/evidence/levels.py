@@ -131,9 +131,7 @@ def chained_level(statements: int, *, steps: int = 200) -> Level:
 def stream_shape(windows: int) -> TaskConfig:
     """Facts with a query after every other one; keys are written again and again."""
     facts = windows * WINDOW.window_tokens // STREAM_TOKENS_PER_FACT
-    return TaskConfig(
-        kind="recall", num_facts=facts, num_queries=facts // 2, num_keys=STREAM_KEYS, max_age=STREAM_AGE
-    )
+    return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, num_keys=STREAM_KEYS, max_age=STREAM_AGE)
 
 
 def with_grpo(level: Level) -> ExperimentConfig:

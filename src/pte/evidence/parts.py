@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pte.evidence.cost import measure_cost, memory_over_tokens
+from pte.evidence.levels import BASES
 from pte.evidence.measurements import Label, Measurement, write_part
 from pte.evidence.readings import Reading, read
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import open_run, train
 from pte.run_record import RECORD_FILE, replace_synced
 from pte.session import open_session
+from pte.tasks.base_training import RECORD_FILE as BASE_RECORD_FILE
+from pte.tasks.bases import make_base
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
@@ -27,6 +30,21 @@ if TYPE_CHECKING:
 RUNS = "runs"
 BETWEEN_FILE = "between.json"
 CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
+
+
+@dataclass(frozen=True)
+class BasePart:
+    """A base that is made here.
+
+    Args:
+        name: Of the part.
+        base: Its recipe.
+        after: Always None.
+    """
+
+    name: str
+    base: str
+    after: None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,23 @@ class CostPart:
     config: ExperimentConfig
     lengths: tuple[int, ...] = ()
     after: str | None = None
+
+
+def run_base(part: BasePart, directory: Path) -> None:
+    """Makes a base in the run's directory, unless it is there, and writes down how often it is right."""
+    started = time.perf_counter()
+    folder = directory / BASES / part.base
+    make_base(part.base, folder, on_progress=lambda line: None)
+    record = json.loads((folder / BASE_RECORD_FILE).read_text(encoding="utf-8"))
+    measurements = []
+    for row in record["accuracy"]:
+        label = Label("bases", row["family"], "base_full", setting=row["shape"])
+        right = round(row["right_fraction"] * row["problems"])
+        measurements.append(Measurement(label, "accuracy", row["right_fraction"], right=right, total=row["problems"]))
+    about = Label("bases", part.base, "base_full")
+    measurements.append(Measurement(about, "parameters", record["parameters"]))
+    measurements.append(Measurement(about, "training_seconds", record["training_seconds"]))
+    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
 
 
 def run_cost(part: CostPart, directory: Path) -> None:
@@ -176,4 +211,3 @@ def metrics_rows(own: Path, *, stage: str) -> list[dict[str, float]]:
     """Rows of a run's metrics of one stage."""
     lines = (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["stage"] == stage]
-

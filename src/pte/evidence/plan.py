@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from pte.arms import arm_config
-from pte.config import CacheConfig, ExperimentConfig, RunConfig, TaskConfig
-from pte.evidence.levels import WINDOW, Level, levels_of
+from pte.config import CacheConfig, ExperimentConfig, RunConfig
+from pte.evidence.levels import Level, levels_of
 from pte.evidence.measurements import Label, StageName
 from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
-from pte.evidence.readings import Reading, ReadingKind
+from pte.evidence.readings import Reading
 
 PresetName = Literal["quick", "full"]
 PRESETS: tuple[PresetName, ...] = ("quick", "full")
@@ -48,10 +48,10 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     levels = levels_of(directory)
     if preset == "quick":
         chosen = [levels["chained-8w"], levels["recall-16"]]
-        parts = [part for one in chosen for part in (*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0))]
-        return [*needed_bases(parts, directory), *parts]
+        quick: list[Part] = [part for one in chosen for part in (*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0))]
+        return [*needed_bases(quick), *quick]
     compared = [level for level in levels.values() if level.compared]
-    parts = [part for level in compared for part in base_parts(level)]
+    parts: list[Part] = [part for level in compared for part in base_parts(level)]
     for seed in SEEDS[preset]:
         for level in compared:
             parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
@@ -59,16 +59,15 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
         parts += capacity_parts(levels["recall-16"], seed=seed)
         parts += stream_parts(levels["recall-stream"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
-        parts += transfer_parts(levels, seed=seed)
         if seed == 0:
             parts += cost_parts(levels["chained-8w"])
-    return [*needed_bases(parts, directory), *parts]
+    return [*needed_bases(parts), *parts]
 
 
-def needed_bases(parts: Sequence[Part], directory: Path) -> list[BasePart]:
+def needed_bases(parts: Sequence[Part]) -> list[BasePart]:
     """The bases that parts wait for."""
     names = dict.fromkeys(part.after for part in parts if part.after is not None)
-    return [BasePart(name=name) for name in names]
+    return [BasePart(name=name, base=name.removeprefix("base-")) for name in names]
 
 
 def label(level: Level, arm: str, *, stage: StageName, seed: int, question: str = "arms") -> Label:
@@ -170,9 +169,7 @@ def stream_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
             about = Label("length", level.task, arm, "warm_start", seed, setting)
             own = arm_config(seeded(level.stream(windows=windows), seed), arm)
             readings.append(Reading(about, own, kind="queries"))
-        yield TrainedPart(
-            name=f"stream-{arm}-seed{seed}", config=config, readings=tuple(readings), after=level.base
-        )
+        yield TrainedPart(name=f"stream-{arm}-seed{seed}", config=config, readings=tuple(readings), after=level.base)
 
 
 def ablation_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
@@ -220,23 +217,6 @@ def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str)
     return TrainedPart(
         name=f"{name}-seed{seed}", config=config, readings=(Reading(about, config),), cost=about, after=level.base
     )
-
-
-def transfer_parts(levels: dict[str, Level], *, seed: int) -> Iterator[TrainedPart]:
-    """Trained on one task, or on the mixture, and read on each, all on the base that knows them all."""
-    known = [level for level in levels.values() if level.transfer]
-    mixture = levels["mixture"]
-    for trained in (*known, mixture):
-        config = arm_config(seeded(trained.config, seed), "pte_delta")
-        readings = []
-        for one in known:
-            kind: ReadingKind = "queries" if one.task == "recall" else "accuracy"
-            setting: dict[str, float | str] = {"trained_on": trained.task, "read_on": one.task}
-            about = Label("transfer", "mixture", "pte_delta", "warm_start", seed, setting)
-            readings.append(Reading(about, arm_config(seeded(one.config, seed), "pte_delta"), kind=kind))
-        yield TrainedPart(
-            name=f"transfer-{trained.task}-seed{seed}", config=config, readings=tuple(readings), after=trained.base
-        )
 
 
 def cost_parts(level: Level) -> Iterator[CostPart]:

@@ -115,7 +115,9 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
     """
     operations = completion.problem.answer
     found = read_completion(completion.text, operations)
-    laid_out = found or read_completion(" ".join(f"{operation} {VALUES[0]}" for operation in operations.split()), operations)
+    laid_out = found or read_completion(
+        " ".join(f"{operation} {VALUES[0]}" for operation in operations.split()), operations
+    )
     assert laid_out is not None
     block = schedule.evict_tokens
     return [

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,16 @@ from rich.progress import Progress
 
 from pte.checkpoint_files import installed_versions
 from pte.evidence.measurements import part_file
-from pte.evidence.parts import ScoredPart, TrainedPart, run_scored, run_trained
+from pte.evidence.parts import (
+    RUNS,
+    BasePart,
+    CostPart,
+    TrainedPart,
+    run_base,
+    run_cost,
+    run_scored,
+    run_trained,
+)
 from pte.evidence.plan import Part, PresetName, plan
 from pte.jobs import Job, run_jobs
 from pte.run_record import commit, hardware, replace_synced
@@ -75,17 +85,16 @@ def run_evidence(
 
 def job_of(part: Part, directory: Path) -> Job:
     """A part as a job."""
-    if isinstance(part, ScoredPart):
-        return Job(part.name, run_scored, (part, directory), after=part.after)
-    assert isinstance(part, TrainedPart)
-    return Job(
-        part.name,
-        run_trained,
-        (part, directory),
-        steps=part.config.distill.steps + part.config.train.steps,
-        metrics=directory / "runs" / part.name / "metrics.jsonl",
-        after=part.after,
-    )
+    if isinstance(part, TrainedPart):
+        steps = part.config.distill.steps + part.config.train.steps
+        metrics = directory / RUNS / part.name / "metrics.jsonl"
+        return Job(part.name, run_trained, (part, directory), steps=steps, metrics=metrics, after=part.after)
+    work: Callable[..., None] = run_scored
+    if isinstance(part, BasePart):
+        work = run_base
+    elif isinstance(part, CostPart):
+        work = run_cost
+    return Job(part.name, work, (part, directory), after=part.after)
 
 
 def record_run(preset: PresetName, directory: Path) -> None:
