@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pte.arms import arm_config
 from pte.evidence.cost import measure_cost, memory_over_tokens
 from pte.evidence.levels import BASES
 from pte.evidence.measurements import Label, Measurement, write_part
@@ -68,7 +69,8 @@ class TrainedPart:
 
     Args:
         name: Of the part.
-        config: Of its run.
+        config: The PTE experiment.
+        arm: How it is changed.
         readings: Scores in the end.
         between: Scores after the warm start, before GRPO.
         curve: What the curve of the GRPO stage is about; None for no curve.
@@ -78,6 +80,7 @@ class TrainedPart:
 
     name: str
     config: ExperimentConfig
+    arm: str
     readings: tuple[Reading, ...]
     between: tuple[Reading, ...] = ()
     curve: Label | None = None
@@ -92,7 +95,7 @@ class CostPart:
     Args:
         name: Of the part.
         label: What the cost is about.
-        config: Of the arm; completions have `rollout.max_new_tokens` tokens.
+        config: The PTE experiment, which the label's arm changes; completions have `rollout.max_new_tokens` tokens.
         lengths: Completion tokens at which memory is measured.
     """
 
@@ -123,8 +126,9 @@ def run_base(part: BasePart, directory: Path) -> None:
 def run_cost(part: CostPart, directory: Path) -> None:
     """Measures an arm."""
     started = time.perf_counter()
-    measurements = [Measurement(part.label, name, value) for name, value in measure_cost(part.config).items()]
-    for row in memory_over_tokens(part.config, part.lengths):
+    config = arm_config(part.config, part.label.arm)
+    measurements = [Measurement(part.label, name, value) for name, value in measure_cost(config).items()]
+    for row in memory_over_tokens(config, part.lengths):
         label = replace(part.label, question="memory", setting={"tokens": row["tokens"]})
         measurements += [Measurement(label, name, value) for name, value in row.items() if name != "tokens"]
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
@@ -133,7 +137,7 @@ def run_cost(part: CostPart, directory: Path) -> None:
 def run_scored(part: ScoredPart, directory: Path) -> None:
     """Scores a base."""
     started = time.perf_counter()
-    session = open_session(part.readings[0].config)
+    session = open_session(arm_config(part.readings[0].config, part.readings[0].label.arm))
     measurements = [one for reading in part.readings for one in read(session, reading)]
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
 
@@ -147,7 +151,7 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
     own = directory / RUNS / part.name
     resume = (own / RECORD_FILE).is_file()
     settings = replace(part.config.run, name=part.name, output_dir=str(directory / RUNS), resume=resume)
-    config = replace(part.config, run=settings)
+    config = arm_config(replace(part.config, run=settings), part.arm)
     run = open_run(config)
 
     def between_stages(steps: int) -> None:

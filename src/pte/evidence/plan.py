@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pte.arms import arm_config
 from pte.config import CacheConfig, ExperimentConfig, RunConfig
 from pte.evidence.levels import Level, levels_of
 from pte.evidence.measurements import Label, StageName
@@ -48,7 +47,9 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     levels = levels_of(directory)
     if preset == "quick":
         chosen = [levels["chained-8w"], levels["recall-16"]]
-        quick: list[Part] = [part for one in chosen for part in (*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0))]
+        quick: list[Part] = []
+        for one in chosen:
+            quick += [*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0)]
         return [*needed_bases(quick), *quick]
     compared = [level for level in levels.values() if level.compared]
     parts: list[Part] = [part for level in compared for part in base_parts(level)]
@@ -83,8 +84,7 @@ def seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
 def base_parts(level: Level) -> Iterator[ScoredPart]:
     """The base alone, under the full cache and under the window."""
     readings = tuple(
-        Reading(label(level, arm, stage="none", seed=0), arm_config(level.config, arm))
-        for arm in ("base_full", "base_window")
+        Reading(label(level, arm, stage="none", seed=0), level.config) for arm in ("base_full", "base_window")
     )
     yield ScoredPart(f"arms-{level.name}-base", readings, after=level.base)
 
@@ -94,15 +94,16 @@ def arm_parts(level: Level, arms: Sequence[str], *, seed: int) -> Iterator[Train
     config = seeded(level.config, seed)
     for arm in arms:
         readings = [
-            Reading(label(level, scored, stage="warm_start", seed=seed), arm_config(config, scored))
+            Reading(label(level, scored, stage="warm_start", seed=seed), config)
             for scored in ((arm, *CONTROLS) if arm == "pte_delta" else (arm,))
         ]
         if arm in RULES and level.name == "chained-8w":
             size = Label("rules", level.task, arm, stage="warm_start", seed=seed)
-            readings.append(Reading(size, arm_config(config, arm), kind="state_size"))
+            readings.append(Reading(size, config, kind="state_size"))
         yield TrainedPart(
             name=f"arms-{level.name}-{arm}-seed{seed}",
-            config=arm_config(config, arm),
+            config=config,
+            arm=arm,
             readings=tuple(readings),
             cost=label(level, arm, stage="warm_start", seed=seed, question="training"),
             after=level.base,
@@ -113,13 +114,14 @@ def rl_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
     """GRPO after a short warm start, and GRPO alone; every score on samples and greedy."""
     for arm in RL_ARMS:
         for stage in ("both", "grpo"):
-            config = arm_config(seeded(level.config, seed), arm)
+            config = seeded(level.config, seed)
             if stage == "grpo":
                 config = replace(config, distill=replace(config.distill, steps=0))
             between = () if stage == "grpo" else rl_readings(level, arm, config, stage="warm_start")
             yield TrainedPart(
                 name=f"rl-{level.name}-{arm}-{stage}-seed{seed}",
                 config=config,
+                arm=arm,
                 readings=rl_readings(level, arm, config, stage=stage),
                 between=between,
                 curve=label(level, arm, stage=stage, seed=seed, question="rl"),
@@ -143,13 +145,13 @@ def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
     """Recall of 4 to 128 facts: every rank with rule `delta`, every rule at rank 32."""
     for facts in CAPACITY_FACTS:
         for arm, rank in [("pte_delta", rank) for rank in CAPACITY_RANKS] + [("pte_read", 32), ("pte_paper", 32)]:
-            own = level.with_facts(facts)
-            config = arm_config(seeded(own, seed), arm)
+            config = seeded(level.with_facts(facts), seed)
             config = replace(config, adapter=replace(config.adapter, rank=rank))
             about = Label("capacity", level.task, arm, "warm_start", seed, {"facts": facts, "rank": rank})
             yield TrainedPart(
                 name=f"capacity-{facts}facts-rank{rank}-{arm}-seed{seed}",
                 config=config,
+                arm=arm,
                 readings=(Reading(about, config, kind="queries"),),
                 after=level.base,
             )
@@ -158,18 +160,22 @@ def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
 def stream_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
     """Streams of facts and queries: accuracy by age of eviction, and far beyond the length of the training."""
     for arm in LENGTH_ARMS:
-        config = arm_config(seeded(level.config, seed), arm)
         readings = []
         if arm in RULES:
             longest = level.stream(windows=GENERATED_WINDOWS[-1])
             about = Label("forgetting", level.task, arm, "warm_start", seed)
-            readings.append(Reading(about, arm_config(seeded(longest, seed), arm), kind="age"))
+            readings.append(Reading(about, seeded(longest, seed), kind="age"))
         for windows in GENERATED_WINDOWS:
             setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
             about = Label("length", level.task, arm, "warm_start", seed, setting)
-            own = arm_config(seeded(level.stream(windows=windows), seed), arm)
-            readings.append(Reading(about, own, kind="queries"))
-        yield TrainedPart(name=f"stream-{arm}-seed{seed}", config=config, readings=tuple(readings), after=level.base)
+            readings.append(Reading(about, seeded(level.stream(windows=windows), seed), kind="queries"))
+        yield TrainedPart(
+            name=f"stream-{arm}-seed{seed}",
+            config=seeded(level.config, seed),
+            arm=arm,
+            readings=tuple(readings),
+            after=level.base,
+        )
 
 
 def ablation_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
@@ -215,18 +221,22 @@ def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str)
     about = Label("ablation", level.task, "pte_delta", "warm_start", seed, {"factor": factor, "value": value})
     name = f"ablation-{factor}-{value}".replace(" ", "_").replace(",", "").replace("%", "percent")
     return TrainedPart(
-        name=f"{name}-seed{seed}", config=config, readings=(Reading(about, config),), cost=about, after=level.base
+        name=f"{name}-seed{seed}",
+        config=config,
+        arm="pte_delta",
+        readings=(Reading(about, config),),
+        cost=about,
+        after=level.base,
     )
 
 
 def cost_parts(level: Level) -> Iterator[CostPart]:
     """Speed, FLOPs and memory of each arm on completions of 128 tokens."""
     for arm in COST_ARMS:
-        config = arm_config(level.config, arm)
         config = replace(
-            config,
-            rollout=replace(config.rollout, max_new_tokens=128),
-            train=replace(config.train, steps=1, prompts_per_step=8, group_size=4, micro_batch_size=32),
+            level.config,
+            rollout=replace(level.config.rollout, max_new_tokens=128),
+            train=replace(level.config.train, steps=1, prompts_per_step=8, group_size=4, micro_batch_size=32),
         )
         about = Label("cost", level.task, arm)
         yield CostPart(f"cost-{arm}", about, config, lengths=MEMORY_TOKENS, after=level.base)

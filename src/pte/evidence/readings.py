@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from pte.arms import arm_config
 from pte.evidence.measurements import Label, Measurement
 from pte.method.attention import StretchAttention, stretch_mask
 from pte.method.cache import EvictedTokens
@@ -42,7 +43,8 @@ class Reading:
 
     Args:
         label: What the score is about.
-        config: Its sections task, cache, eval and run say how it is scored.
+        config: The PTE experiment, which the label's arm changes; its sections task, cache, eval and run say how the
+            policy is scored.
         kind: `accuracy` of whole completions; on recall, share of right `queries`, or the same by `age` of eviction;
             `state_size` over 10,000 evictions.
     """
@@ -54,7 +56,7 @@ class Reading:
 
 def read(session: Session, reading: Reading) -> list[Measurement]:
     """Scores a session's policy under a reading's task, cache and evaluation."""
-    config = reading.config
+    config = arm_config(reading.config, reading.label.arm)
     task = open_task(config, session.task.tokenizer)
     task = replace(task, more_stop_token_ids=session.task.more_stop_token_ids)
     policy = session.policy.with_cache(config.cache.schedule, eviction_policy(config.cache))
