@@ -77,6 +77,12 @@ num_facts = 5
 num_queries = 2
 num_keys = 8
 max_age = 4
+num_reveals = 2
+steps_per_reveal = 5
+moves_per_reveal = 2
+num_generators = 3
+left_digits = 2
+right_digits = 1
 [distill]
 steps = 0
 batch_size = 3
@@ -180,6 +186,12 @@ def write(directory: Path, text: str) -> Path:
         (lambda: TaskConfig(num_facts=0), "num_facts must be at least 1, got 0; use 1 or more"),
         (lambda: TaskConfig(num_keys=1), "num_keys must be at least 2"),
         (lambda: TaskConfig(max_age=0), "max_age must be at least 1"),
+        (lambda: TaskConfig(num_reveals=0), "num_reveals must be at least 1, got 0; use 1 or more"),
+        (lambda: TaskConfig(steps_per_reveal=0), "steps_per_reveal must be at least 1"),
+        (lambda: TaskConfig(moves_per_reveal=0), "moves_per_reveal must be at least 1, got 0; use 1 or more"),
+        (lambda: TaskConfig(num_generators=1), "num_generators must be at least 2"),
+        (lambda: TaskConfig(left_digits=0), "left_digits must be at least 1"),
+        (lambda: TaskConfig(right_digits=0), "right_digits must be at least 1"),
         (
             lambda: ExperimentConfig(task=TaskConfig(kind="recall")),
             r"eval.temperature must be above 0 with problems of 'recall' \(completions choose values at random\)",

@@ -229,8 +229,8 @@ class TaskConfig:
     """Permutation: how often the trace writes the running permutation, the answer included."""
     steps_per_reveal: int = 6
     """Permutation: steps between two reveals; the trace has two tokens for each, five for a reveal, plus two."""
-    moves_per_reveal: int | None = None
-    """Permutation: how many of these steps apply a generator, the others rest; unset for all."""
+    moves_per_reveal: int = 3
+    """Permutation: how many of these steps apply a generator, the others rest."""
     num_generators: int = 2
     """Permutation: generators to draw from, of swap, turn and flip."""
     left_digits: int = 3
@@ -275,11 +275,15 @@ class TaskConfig:
         require_at_least(self.min_distance, "max_distance", value=self.max_distance, remedy="leave it out for no bound")
         for name, least in (("num_facts", 1), ("num_queries", 1), ("num_keys", 2), ("max_age", 1)):
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
-        for name, least in (("num_reveals", 1), ("steps_per_reveal", 1), ("num_generators", 2)):
+        for name, least in (
+            ("num_reveals", 1),
+            ("steps_per_reveal", 1),
+            ("moves_per_reveal", 1),
+            ("num_generators", 2),
+        ):
             require_at_least(least, name, value=getattr(self, name), remedy=f"use {least} or more")
         for name in ("left_digits", "right_digits"):
             require_at_least(1, name, value=getattr(self, name), remedy="use 1 or more")
-        require_at_least(1, "moves_per_reveal", value=self.moves_per_reveal, remedy="leave it out for all")
 
     @property
     def families(self) -> tuple[str, ...]:

@@ -7,13 +7,14 @@ A prompt asks for the state after so many steps (`?12`) and says how often to re
 steps, each with its number in one token (`7swap`), and the start permutation, a token for each image (`2>5`: 2 goes to
 5). The trace repeats step by step and writes the running permutation after every sixth, the last one after `=>`:
 
-    prompt  <bos> ?12 /6 1swap 2turn ... 12turn 1>3 2>1 3>5 4>4 5>2
-    trace   #1 1swap #2 2turn ... #6 6turn 1>4 2>2 3>1 4>5 5>3 #7 7swap ... #12 12turn => 1>1 2>3 3>2 4>4 5>5 <eos>
+    prompt  <bos> ?12 /6 1rest 2turn ... 12turn 1>3 2>1 3>5 4>4 5>2
+    trace   #1 1rest #2 2turn ... #6 6turn 1>4 2>2 3>1 4>5 5>3 #7 7rest ... #12 12turn => 1>1 2>3 3>2 4>4 5>5 <eos>
 
-Every image passes through every generator, in order (generator after state). With six steps to a reveal, 12 tokens lie
-between the last image of a reveal and the first of the next. A window shorter than that holds no image of the state
-that the next one is computed from: it must come from a memory of evicted tokens, and be carried on by computing. The
-prompt alone gives the answer only to who composes all generators at once.
+Every image passes through every generator, in order (generator after state); `rest` changes nothing, so that distance
+and amount of computing can be set apart. With six steps to a reveal, 12 tokens lie between the last image of a reveal
+and the first of the next. A window shorter than that holds no image of the state that the next one is computed from: it
+must come from a memory of evicted tokens, and be carried on by computing. The prompt alone gives the answer only to who
+composes all generators at once.
 """
 
 import random
@@ -49,7 +50,7 @@ def generate_problems(
     split: Split,
     num_reveals: int = 4,
     steps_per_reveal: int = 6,
-    moves_per_reveal: int | None = None,
+    moves_per_reveal: int = 3,
     num_generators: int = 2,
 ) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
@@ -63,8 +64,8 @@ def generate_problems(
         split: "train" or "heldout".
         num_reveals: How often the running permutation is written, the answer included.
         steps_per_reveal: Generators between two of them; twice as many tokens.
-        moves_per_reveal: How many of these steps, at random places, apply a generator, the others `rest`; None for
-            all of them. With fewer there is less to compute over the same distance.
+        moves_per_reveal: How many of these steps, evenly apart, apply a generator; the others `rest`. With fewer there
+            is less to compute over the same distance.
         num_generators: Generators that problems draw from, the first ones of `GENERATORS`.
 
     Raises:
@@ -82,10 +83,13 @@ def generate_problems(
         value=num_reveals,
         remedy=f"{most} or fewer, or fewer steps_per_reveal",
     )
-    moves = steps_per_reveal if moves_per_reveal is None else moves_per_reveal
     rule = f"be from 1 to steps_per_reveal ({steps_per_reveal})"
     require_shape(
-        1 <= moves <= steps_per_reveal, "moves_per_reveal", rule=rule, value=moves_per_reveal, remedy="None for all"
+        1 <= moves_per_reveal <= steps_per_reveal,
+        "moves_per_reveal",
+        rule=rule,
+        value=moves_per_reveal,
+        remedy=f"{min(3, steps_per_reveal)}",
     )
     rule = f"be from 2 to {len(GENERATORS)}"
     require_shape(2 <= num_generators <= len(GENERATORS), "num_generators", rule=rule, value=num_generators, remedy="2")
@@ -94,7 +98,7 @@ def generate_problems(
         split=split,
         num_reveals=num_reveals,
         steps_per_reveal=steps_per_reveal,
-        moves=moves,
+        moves=moves_per_reveal,
         names=tuple(GENERATORS)[:num_generators],
     )
     return [next(drawn) for _ in range(count)]
@@ -157,10 +161,10 @@ def _draw_problems(
 
 
 def _draw_steps(rng: random.Random, names: Sequence[str], moves: int, steps_per_reveal: int) -> list[str]:
-    """The steps up to a reveal: moves at random places, in the order drawn."""
+    """The steps up to a reveal: moves evenly apart, the last one right before it."""
     steps = [REST] * steps_per_reveal
-    for place in rng.sample(range(steps_per_reveal), moves):
-        steps[place] = rng.choice(names)
+    for move in range(1, moves + 1):
+        steps[move * steps_per_reveal // moves - 1] = rng.choice(names)
     return steps
 
 
