@@ -91,9 +91,9 @@ PART_COLOURS = {
     "fold_seconds": "#d55e00",
     "read_seconds": "#e69f00",
     "reward_seconds": "#aab3bd",
-    "replay_seconds": "#00634a",
+    "replay_seconds": "#00705a",
     "forward_seconds": "#009e73",
-    "backward_seconds": "#00634a",
+    "backward_seconds": "#00705a",
     "optimizer_seconds": "#7d8896",
 }
 

@@ -55,14 +55,14 @@ COLOURS = {
     "pte": "#009e73",
     "pte_paper": "#d55e00",
     "pte_read": "#009e73",
-    "pte_best": "#00634a",
+    "pte_best": "#c2185b",
     "pte_zeroed": "#8a9a5b",
     "pte_shuffled": "#b3b04a",
     "paper": "#d55e00",
     "read": "#009e73",
     "every token kept": "#7d8896",
 }
-MORE_COLOURS = ("#0072b2", "#e69f00", "#cc79a7", "#56b4e9", "#8f5fa8", "#b37400", "#00634a", "#5b4b9a", "#a3333d")
+MORE_COLOURS = ("#0072b2", "#c2185b", "#e69f00", "#8f5fa8", "#56b4e9", "#b37400", "#cc79a7", "#5b4b9a", "#6b8e23")
 COLUMNS = 3
 MARKERS = "osD^vPX<>p*h"
 STAGES = {"none": "not trained", "warm_start": "warm start", "grpo": "GRPO alone", "both": "warm start + GRPO"}

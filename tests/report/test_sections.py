@@ -1,0 +1,120 @@
+"""What the report says: tables and sentences that follow from the numbers, for every question and for unknown ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pte.report.measurements import Measurement
+from pte.report.questions import capacity_section
+from pte.report.ranking import arms_section
+from pte.report.runs import read_run
+from pte.report.sections import QUESTIONS, build_report, section_of
+from pte.report.work import cost_section, memory_section, rl_section
+from synthetic_evidence import write_evidence
+
+
+def measured(question: str, arm: str, value: float, metric: str = "accuracy", **more: object) -> Measurement:
+    counts = {"right": round(value * 100), "total": 100} if metric == "accuracy" else {}
+    seed, stage = more.pop("seed", 0), more.pop("stage", "none" if arm.startswith("base") else "both")
+    return Measurement(question, "chained", arm, stage, seed, tuple(more.items()), metric, value, **counts)
+
+
+def test_the_table_of_arms_says_the_gap_closed_against_arms_that_learned_alike() -> None:
+    rows = [
+        measured("arms", "base_full", 1.0),
+        measured("arms", "lora_full", 0.9),
+        measured("arms", "lora_window", 0.1),
+        measured("arms", "pte", 0.7),
+        measured("arms", "pte", 0.3, stage="warm_start"),
+        measured("arms", "lora_window", 0.2, stage="warm_start"),
+        measured("arms", "lora_full", 0.4, stage="warm_start"),
+    ]
+    section = arms_section(rows)
+    (table,) = section.tables
+    closed = {(row[0], row[1]): row[-2] for row in table.rows}
+    assert closed["PTE", "warm start + GRPO"] == "75 %"  # (0.7 - 0.1) / (0.9 - 0.1)
+    assert closed["PTE", "warm start"] == "50 %"  # (0.3 - 0.2) / (0.4 - 0.2)
+    assert closed["base, full cache", "not trained"] == "-"
+    assert section.findings == (
+        "chained: PTE (warm start + GRPO) closes 75 % of the gap from LoRA_c to full-cache LoRA.",
+    )
+
+
+def test_without_lora_there_is_no_gap_and_no_sentence_on_it() -> None:
+    section = arms_section([measured("arms", "pte", 0.7), measured("arms", "base_full", 1.0)])
+    assert section.findings == () and [row[-2] for row in section.tables[0].rows] == ["-", "-"]
+
+
+def test_a_knee_is_said_per_rule_and_rank() -> None:
+    curve = {4: 1.0, 8: 0.92, 16: 0.4}
+    rows = [measured("capacity", "pte_read", value, facts=facts, rank=8) for facts, value in curve.items()]
+    section = capacity_section([*rows, measured("capacity", "pte_paper", 0.2, facts=4, rank=8)])
+    assert section.findings == ("PTE, rule read, rank 8: knee at 8 facts.",)
+    (table,) = section.tables
+    assert table.columns == ("rule", "rank", "task", "knee", "4 facts", "8 facts", "16 facts")
+    assert [row[3] for row in table.rows] == ["-", "8"] and table.rows[0][5:] == ("-", "-")
+
+
+def test_memory_tells_a_flat_line_from_a_rising_one() -> None:
+    rows = [
+        measured("memory", "lora_full", 1024.0 * (tokens + 1), "cache_bytes", tokens=tokens) for tokens in range(100)
+    ]
+    rows += [
+        measured("memory", "pte", 1024.0 * min(tokens + 1, 16), "cache_bytes", tokens=tokens) for tokens in range(100)
+    ]
+    (finding,) = memory_section(rows).findings
+    assert finding == "chained, cache: LoRA, full cache rises to 100 KiB at 99 tokens; PTE stays flat at 16 KiB."
+
+
+def test_the_share_of_the_state_is_fold_and_read_over_the_whole_wall_time() -> None:
+    seconds = {"decode_seconds": 6.0, "fold_seconds": 0.5, "read_seconds": 1.5, "backward_seconds": 2.0}
+    section = cost_section([measured("cost", "pte", value, metric) for metric, value in seconds.items()])
+    assert section.findings == ("chained: PTE spends 20.0 % of its wall time on the state.",)
+    assert section.tables[0].rows[0][-1] == "20.0 %"
+
+
+def test_reward_at_both_ends_is_the_mean_of_a_tenth_of_the_steps() -> None:
+    rows = [measured("rl", "pte", step / 20, "reward", step=step, seconds=3.0 * step) for step in range(20)]
+    (table,) = rl_section(rows).tables
+    # The first two are 0 and 0.05, the last two 0.9 and 0.95.
+    assert table.rows[0][3:6] == ("0.025", "0.925", "57 s")
+
+
+def test_every_question_has_its_section_and_no_other(evidence_run: Path) -> None:
+    report = build_report([read_run(str(evidence_run))], command="pte report")
+    assert [section.name for section in report.sections] == [*QUESTIONS, "question-surprise"]
+    assert not report.notes and not report.viewer
+    assert all(section.tables for section in report.sections)
+    figures = [drawn.name for section in report.sections for drawn in section.figures]
+    assert len(set(figures)) == len(figures) >= len(QUESTIONS)
+    for section in report.sections:
+        for drawn in section.figures:
+            assert "n: 3 seeds" in drawn.caption or "seeds" in drawn.caption, drawn.caption
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_shown_from_one_measurement_and_from_one_that_lacks_its_setting(question: str) -> None:
+    lonely = [measured(question, "an_arm", 0.5, "something")]
+    section = section_of(question, lonely) if question in ("arms", "cost", "transfer", "capacity", "ablation") else None
+    assert section is None or section.tables
+
+
+def test_measurements_that_do_not_fit_their_question_become_a_plain_table_with_a_note(tmp_path: Path) -> None:
+    directory = write_evidence(tmp_path / "evidence", seeds=(0,), questions=("surprise",))
+    for part in (directory / "parts").glob("*.json"):
+        part.write_text(part.read_text().replace('"surprise"', '"forgetting"'))
+    report = build_report([read_run(str(directory))], command="pte report")
+    assert [section.name for section in report.sections] == ["question-forgetting"]
+    assert "needs the number 'evictions_ago'" in report.notes[0]
+    assert report.sections[0].tables[0].rows[0][1] == "an arm of later"
+
+
+def test_seeds_of_several_runs_are_one_arm(tmp_path: Path) -> None:
+    runs = [
+        read_run(str(write_evidence(tmp_path / str(seed), seeds=(seed,), questions=("forgetting",)))) for seed in (0, 1)
+    ]
+    report = build_report(runs, command="pte report")
+    (figure,) = report.sections[0].figures
+    assert "n: 2 seeds" in figure.caption and dict(report.facts)["seeds"] == "0, 1"
