@@ -1,16 +1,20 @@
-# make train: the main job on the embedded default.  make test: the tests.  make lint: style, types, import layers.
+# make train: the main job on the embedded default.  make evidence: its proof (PRESET=full for all of it).  make test: the tests.  make lint: style, types, import layers.
 # Needs python3 (3.11 or newer, with venv and pip) and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PRESET ?= quick
 INSTALLED := .venv/.installed
 # Workers import torch, so more of them than files of tests only cost start-up time.
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install train test lint clean
+.PHONY: install train evidence test lint clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
 	$(BIN)/pte compare configs/embedded.toml $(if $(wildcard runs/embedded/record.json),--run.resume)
+
+evidence: $(INSTALLED)
+	$(BIN)/pte evidence --preset $(PRESET)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

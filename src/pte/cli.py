@@ -1,4 +1,4 @@
-"""The command `pte`: train, distill, eval, generate, compare, report, bench.
+"""The command `pte`: train, distill, eval, generate, compare, evidence, report, bench.
 
 Decides: how an experiment file, a saved adapter's options and the user's flags become one configuration (in this
 order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,7 @@ commands:
   eval      accuracy, length, evictions and cache bytes of a policy on problem sets
   generate  completions of prompts under a bounded cache
   compare   the main job: base, LoRA and PTE arms from one experiment file, a table and a figure
+  evidence  what the method is worth: tasks, arms, controls and open questions, measured and reported
   report    one HTML page, figures and tables from the files of any runs
   bench     speed and memory against Transformers, in one run
 
@@ -38,6 +39,7 @@ examples:
   pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte
   pte eval --cache.policy none --eval.problems 128
   pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
+  pte evidence --preset quick
   pte report runs/embedded --output report.html
   pte bench --preset cpu
 
@@ -51,6 +53,8 @@ EXAMPLES = {
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
+    "evidence": "pte evidence --preset quick\n  pte evidence --preset full --minutes 25\n"
+    "  pte evidence --preset full --only ablation --workers 1",
     "report": "pte report runs/embedded\n  pte report runs/seed0 runs/seed1 runs/seed2 --output seeds.html\n"
     "  pte report runs/evidence --output report.html --figures docs/figures --markdown docs/evidence.md",
     "bench": "pte bench --preset cpu --output cpu.json",
@@ -129,12 +133,32 @@ class BenchArguments:
     """Write the result to this JSON file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EvidenceArguments:
+    """What the method is worth, measured: tasks, arms, controls and open questions, and a report of them.
+
+    A run goes on where it was: parts that are done are not done again.
+    """
+
+    preset: Literal["quick", "full"] = "quick"
+    """`quick`: two tasks, main arms, one seed, half an hour on 2 cores; `full`: everything, some hours."""
+    directory: str | None = None
+    """Directory of the run; unset for runs/evidence-PRESET."""
+    only: tuple[str, ...] = ()
+    """Only parts whose names begin so, for example arms-chained or ablation."""
+    workers: int | None = None
+    """Parts at once, one CPU thread each; unset for one per core."""
+    minutes: float | None = None
+    """Start no further part after this many minutes; the next call goes on."""
+
+
 ARGUMENTS = {
     "train": TrainArguments,
     "distill": TrainArguments,
     "eval": EvalArguments,
     "generate": GenerateArguments,
     "compare": CompareArguments,
+    "evidence": EvidenceArguments,
     "report": ReportArguments,
     "bench": BenchArguments,
 }
@@ -180,7 +204,7 @@ def parse(command: str, words: Sequence[str]) -> object:
     """
     kind = ARGUMENTS[command]
     words = list(words)
-    if kind not in (BenchArguments, ReportArguments):
+    if kind not in (BenchArguments, EvidenceArguments, ReportArguments):
         from pte.config_file import flags_from_file, refuse_flags
 
         refuse_flags(words)

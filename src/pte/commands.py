@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         BenchArguments,
         CompareArguments,
         EvalArguments,
+        EvidenceArguments,
         GenerateArguments,
         ReportArguments,
         TrainArguments,
@@ -64,6 +65,7 @@ def run(command: str, arguments: object) -> None:
         "eval": eval_command,
         "generate": generate_command,
         "compare": compare_command,
+        "evidence": evidence_command,
         "report": report_command,
         "bench": bench_command,
     }[command](arguments, console)  # type: ignore[operator]
@@ -313,10 +315,36 @@ def bench_command(arguments: BenchArguments, console: Console) -> None:
     run_preset(arguments.preset, output=None if arguments.output is None else Path(arguments.output))
 
 
+def evidence_command(arguments: EvidenceArguments, console: Console) -> None:
+    """The parts of a preset that are not done yet, then the report of all that are."""
+    from pte.evidence.run import run_evidence
+    from pte.report.command import ReportFiles, write_report
+
+    directory = Path(arguments.directory or f"runs/evidence-{arguments.preset}")
+    left = run_evidence(
+        arguments.preset,
+        directory,
+        only=arguments.only,
+        workers=arguments.workers,
+        minutes=arguments.minutes,
+        console=console,
+        progress=bar(console),
+    )
+    if left:
+        console.print(f"{len(left)} parts are left, {left[0]} is next; the same command goes on")
+    report = ReportFiles(
+        runs=(str(directory),),
+        output=str(directory / "report.html"),
+        figures=str(directory / "figures"),
+        markdown=str(directory / "evidence.md"),
+    )
+    write_report(report, console)
+
+
 def report_command(arguments: ReportArguments, console: Console) -> None:
     """The page, the figures and the tables of any runs."""
-    from pte.report.command import write_report
+    from pte.report.command import ReportFiles, write_report
 
     for path in (arguments.output, arguments.markdown):
         check_output(path)
-    write_report(arguments, console)
+    write_report(ReportFiles(**asdict(arguments)), console)

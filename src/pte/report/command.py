@@ -6,6 +6,7 @@ Decides: what is refused before any work, and what is said at the end.
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,27 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from pte.cli import ReportArguments
     from pte.report.runs import RecordedRun
 
 
-def write_report(arguments: ReportArguments, console: Console) -> None:
+@dataclass(frozen=True)
+class ReportFiles:
+    """What a report is made from, and where it goes.
+
+    Args:
+        runs: Run directories.
+        output: The page.
+        figures: Directory for PNG files; None for none.
+        markdown: File for the tables; None for none.
+    """
+
+    runs: tuple[str, ...]
+    output: str
+    figures: str | None = None
+    markdown: str | None = None
+
+
+def write_report(arguments: ReportFiles, console: Console) -> None:
     """Writes the report of the given runs.
 
     Raises:
@@ -50,7 +67,7 @@ def write_report(arguments: ReportArguments, console: Console) -> None:
     )
 
 
-def check(arguments: ReportArguments) -> None:
+def check(arguments: ReportFiles) -> None:
     """Refuses what could not be read or written."""
     if not arguments.runs:
         raise ValueError("pte report needs at least 1 run directory, got none; name one, such as runs/embedded")
@@ -85,7 +102,7 @@ def read_runs(paths: Sequence[str]) -> tuple[list[RecordedRun], list[str]]:
     return runs, notes
 
 
-def command_line(arguments: ReportArguments) -> str:
+def command_line(arguments: ReportFiles) -> str:
     """The command as it can be typed again."""
     words = ["pte", "report", *arguments.runs, "--output", arguments.output]
     for flag, value in (("--figures", arguments.figures), ("--markdown", arguments.markdown)):

@@ -73,7 +73,7 @@ def parse_measurement(row: object, *, question: str, where: str) -> Measurement 
 
     Args:
         row: The object.
-        question: Of the part that holds it.
+        question: Of the part that holds it, for rows that do not name one.
         where: File and place, for the error.
 
     Raises:
@@ -87,7 +87,7 @@ def parse_measurement(row: object, *, question: str, where: str) -> Measurement 
         if value is None or not math.isfinite(float(value)):
             return None
         return Measurement(
-            question=question,
+            question=str(row.get("question", question)),
             task=str(row["task"]),
             arm=str(row["arm"]),
             stage=str(row.get("stage", "none")),
