@@ -17,7 +17,7 @@ from pte.arms import arm_config
 from pte.evidence.cost import measure_cost, memory_over_tokens
 from pte.evidence.levels import BASES
 from pte.evidence.measurements import Label, Measurement, write_part
-from pte.evidence.readings import Reading, read
+from pte.evidence.readings import Reading, read, show
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import open_run, train
 from pte.run_record import RECORD_FILE, replace_synced
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pte.config import ExperimentConfig
 
 RUNS = "runs"
+ROLLOUTS = "rollouts"
 BETWEEN_FILE = "between.json"
 CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
 
@@ -75,6 +76,7 @@ class TrainedPart:
         between: Scores after the warm start, before GRPO.
         curve: What the curve of the GRPO stage is about; None for no curve.
         cost: What the cost of a training step is about; None not to report it.
+        shown: Whether some completions of the first reading are kept for the report's viewer.
         after: Name of the part that makes the base, or None for a shipped one.
     """
 
@@ -85,6 +87,7 @@ class TrainedPart:
     between: tuple[Reading, ...] = ()
     curve: Label | None = None
     cost: Label | None = None
+    shown: bool = False
     after: str | None = None
 
 
@@ -170,6 +173,8 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
         print(f"{part.name}: {stop}", flush=True)
         stopped = [Measurement(part.readings[0].label, "stopped_at_step", float(steps))]
     measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
+    if part.shown:
+        show(run.session, part.readings[0], directory / ROLLOUTS / f"{part.name}.json")
     measurements = [*between_measurements(part, own), *measurements, *curve(part, own), *costs(part, own)]
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
 

@@ -106,6 +106,7 @@ def arm_parts(level: Level, arms: Sequence[str], *, seed: int) -> Iterator[Train
             arm=arm,
             readings=tuple(readings),
             cost=label(level, arm, stage="warm_start", seed=seed, question="training"),
+            shown=seed == 0 and level.name == "chained-8w" and arm in ("pte_paper", "pte_delta"),
             after=level.base,
         )
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,6 +24,7 @@ from pte.rollout.replay import expanded_first_state
 from pte.session import Session, eviction_policy, open_task
 from pte.tasks.evaluate import evaluate_session
 from pte.tasks.recall import VALUES, read_completion
+from pte.tasks.rollouts_file import ROLLOUTS, write_rollouts
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,16 +56,31 @@ class Reading:
     kind: ReadingKind = "accuracy"
 
 
-def read(session: Session, reading: Reading) -> list[Measurement]:
-    """Scores a session's policy under a reading's task, cache and evaluation."""
-    config = arm_config(reading.config, reading.label.arm)
+def session_of(session: Session, config: ExperimentConfig) -> Session:
+    """The same base and adapter under an experiment's task and cache."""
     task = open_task(config, session.task.tokenizer)
     task = replace(task, more_stop_token_ids=session.task.more_stop_token_ids)
     policy = session.policy.with_cache(config.cache.schedule, eviction_policy(config.cache))
-    session = replace(session, task=task, policy=policy)
+    return replace(session, task=task, policy=policy)
+
+
+def show(session: Session, reading: Reading, path: Path) -> None:
+    """Writes some completions of a reading for the report's viewer."""
+    config = arm_config(reading.config, reading.label.arm)
+    config = replace(config, eval=replace(config.eval, problems=ROLLOUTS))
+    session = session_of(session, config)
+    _, completions = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rollouts(path, session.policy, session.task, completions)
+
+
+def read(session: Session, reading: Reading) -> list[Measurement]:
+    """Scores a session's policy under a reading's task, cache and evaluation."""
+    config = arm_config(reading.config, reading.label.arm)
+    session = session_of(session, config)
     if reading.kind == "state_size":
         return state_sizes(session, reading.label)
-    evaluation, completions = evaluate_session(session, config, name=next(iter(task.evaluation)))
+    evaluation, completions = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
     if reading.kind == "age":
         return accuracy_by_age(completions, reading.label, schedule=config.cache.schedule)
     if reading.kind == "queries":
