@@ -20,6 +20,7 @@ from pte.tasks.families import FAMILIES
 from pte.tasks.generated import GeneratedProblem
 
 TOKENS_PER_STEP = 2500
+MOST_MOVES = 3
 STEPS_PER_REVEAL = 6
 
 
@@ -33,13 +34,13 @@ class Recipe:
 
 
 def draw_permutations(rng: random.Random, done: float) -> list[GeneratedProblem]:
-    """Problems of one shape: 1 to 6 reveals, fewer moves at first.
+    """Problems of one shape: 1 to 6 reveals; one move between them until a sixth of the training, two until a third.
 
-    Who has not yet learned to carry one move on learns nothing from six: the images of a state look like chance until
-    all of it is right. 40 % of the batches have the most moves of the time, which is 6 after half of the training.
+    A model that cannot yet carry one move on learns little from three: a state looks like chance until all moves are
+    right. 40 % of the batches have the most moves of their time, the others 1 to 3.
     """
-    most = min(STEPS_PER_REVEAL, 1 + int(2 * STEPS_PER_REVEAL * done))
-    moves = most if rng.random() < 0.4 else rng.randint(1, STEPS_PER_REVEAL)
+    most = min(MOST_MOVES, 1 + int(6 * done))
+    moves = most if rng.random() < 0.4 else rng.randint(1, MOST_MOVES)
     num_reveals = rng.choice((1, 2, 2, 3, 4, 6))
     tokens_each = num_reveals * (3 * STEPS_PER_REVEAL + 5) + 10
     return FAMILIES["permutation"].generate(
@@ -61,7 +62,7 @@ RECIPES = {
     "permutation": Recipe(
         BaseSettings(steps=1500, peak_lr=2e-3, size=BaseSize(num_layers=3, initializer_range=0.06)),
         draw_permutations,
-        [{"num_reveals": number, "moves_per_reveal": 6} for number in range(1, 7)],
+        [{"num_reveals": number} for number in range(1, 7)],
     ),
     "multiplication": Recipe(
         BaseSettings(steps=1000, peak_lr=3e-3, size=BaseSize(num_layers=2, initializer_range=0.06)),
