@@ -43,6 +43,8 @@ class BaseSize:
     num_kv_heads: int = 2
     max_positions: int = 8192
     """`max_position_embeddings`: how far prompt and completion may go together."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles. The larger, the more of a head compares contents at any distance."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights. Narrow models find their attention patterns sooner from larger ones."""
 
@@ -109,6 +111,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: BaseSize) -> Qwen2ForC
             num_attention_heads=size.num_heads,
             num_key_value_heads=size.num_kv_heads,
             max_position_embeddings=size.max_positions,
+            rope_parameters={"rope_theta": size.rope_theta, "rope_type": "default"},
             initializer_range=size.initializer_range,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -201,12 +204,12 @@ def base_completions(
         device: Where the model runs.
     """
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.to(torch.device(device))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer([problem.problem for problem in problems], return_tensors="pt").to(device)
     longest = max(len(problem.trace.split()) for problem in problems)
     torch.manual_seed(seed)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[misc]
         **prompts,
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
@@ -233,6 +236,12 @@ def measure_base(
         temperature=temperature,
         completion_tokens=max(len(problem.trace.split()) for problem in problems),
     )
+
+
+def is_complete(folder: Path, settings: BaseSettings) -> bool:
+    """Whether a folder holds a base made with these settings, measured and recorded."""
+    path = folder / RECORD_FILE
+    return path.is_file() and json.loads(path.read_text())["settings"] == asdict(settings)
 
 
 def write_record(folder: Path, record: Mapping[str, object], settings: BaseSettings, *, seconds: float) -> None:

@@ -1,0 +1,116 @@
+"""Recipes of the bases that are rebuilt when they are needed: for each name its problems, its size, its training.
+
+Decides: on which shapes a base is trained and measured. The smallest that we found to solve its families under the
+full cache; docs/log.md has the attempts. A new base is one `BaseRecipe` here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pte.tasks import recall
+from pte.tasks.base_training import (
+    BaseSettings,
+    BaseSize,
+    DrawBatch,
+    is_complete,
+    measure_base,
+    train_base,
+    write_record,
+)
+from pte.tasks.families import FAMILIES, joint_vocabulary
+from pte.tasks.generated import GeneratedProblem
+
+RECALL_FACTS = (4, 8, 16, 32, 64, 128)
+MEASURED_PROBLEMS = 256
+TOKENS_PER_STEP = 4000
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """How a base is made and measured.
+
+    Args:
+        families: Whose words it knows.
+        draw_batch: Problems of a training step.
+        settings: Size and optimisation.
+        measured: (family, shape) of each row of its record.
+    """
+
+    families: tuple[str, ...]
+    draw_batch: DrawBatch
+    settings: BaseSettings
+    measured: tuple[tuple[str, Mapping[str, int | None]], ...]
+
+
+def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
+    """Recall of up to 8 facts at first, of up to 128 in the last half; from few keys and from all."""
+    most = next(most for until, most in ((0.15, 8), (0.25, 16), (0.35, 32), (0.5, 64), (2.0, 128)) if done < until)
+    num_facts = rng.choice([number for number in RECALL_FACTS if number <= most])
+    num_queries = min(num_facts, max(8, num_facts // 2))
+    num_keys = rng.choice([number for number in (16, 64, recall.MAX_KEYS) if number >= num_facts])
+    return recall.generate_problems(
+        max(4, TOKENS_PER_STEP // (3 * (num_facts + num_queries))),
+        seed=rng.getrandbits(48),
+        split="train",
+        num_facts=num_facts,
+        num_queries=num_queries,
+        num_keys=num_keys,
+    )
+
+
+RECIPES: dict[str, BaseRecipe] = {
+    "recall": BaseRecipe(
+        families=("recall",),
+        draw_batch=draw_recall,
+        settings=BaseSettings(
+            steps=2000,
+            peak_lr=3e-3,
+            size=BaseSize(
+                hidden_size=128,
+                intermediate_size=384,
+                num_layers=2,
+                num_heads=2,
+                num_kv_heads=2,
+                rope_theta=1e6,
+                initializer_range=0.08,
+            ),
+        ),
+        measured=tuple(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),
+    ),
+}
+
+
+def make_base(name: str, folder: Path, *, on_progress: Callable[[str], None]) -> None:
+    """Trains and measures the base of a recipe, unless the folder holds it already.
+
+    Args:
+        name: In `RECIPES`.
+        folder: For weights, tokenizer and `training.json`.
+        on_progress: Called with lines of text.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"base must be one of {', '.join(map(repr, RECIPES))}, got {name!r}; use one of these")
+    recipe = RECIPES[name]
+    if is_complete(folder, recipe.settings):
+        on_progress(f"{folder} holds the base {name!r} already")
+        return
+    seconds = train_base(
+        folder,
+        vocabulary=joint_vocabulary([FAMILIES[family] for family in recipe.families]),
+        draw_batch=recipe.draw_batch,
+        settings=recipe.settings,
+        on_progress=on_progress,
+    )
+    rows = []
+    for family, shape in recipe.measured:
+        accuracy = measure_base(folder, FAMILIES[family], shape=shape, count=MEASURED_PROBLEMS)
+        rows.append({"family": family, "shape": dict(shape), **asdict(accuracy)})
+        on_progress(f"{family} {dict(shape)}: right {accuracy.right_fraction:.3f}")
+    write_record(folder, {"base": name, "accuracy": rows}, recipe.settings, seconds=seconds)
