@@ -101,6 +101,14 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
+def test_every_arm_leaves_completions_for_the_report(comparison: Path) -> None:
+    for arm in ("base_full", "base_window", *TRAINED):
+        rollouts = json.loads((comparison / arm / "rollouts.json").read_text())
+        assert len(rollouts) == 8
+        assert all((one["state_bytes"] is not None) == (arm == "pte") for one in rollouts)
+        assert all(bool(one["evictions"]) == (not arm.endswith("_full")) for one in rollouts)
+
+
 def test_the_summary_holds_what_was_asked_for(comparison: Path) -> None:
     summary = json.loads((comparison / "summary.json").read_text())
     assert set(summary) == KEYS

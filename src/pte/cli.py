@@ -7,6 +7,7 @@ order, the last word is the user's), what is printed, and how errors look. Heavy
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ class EvalArguments:
     completions: str | None = None
     """Write every completion to this JSONL file."""
     rollouts: str | None = None
-    """Write a few completions with log-probs, evictions and states to this JSON file, for `pte report`."""
+    """Write a few completions with log-probs, evictions and states to this JSON file; `pte report` shows the rollouts.json of a
+    run's directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class ReportArguments:
     run has no data for is left out; what is missing or half written is said in a sentence.
     """
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")] = ()
     """Run directories."""
     output: str = "report.html"
     """The page."""
@@ -219,7 +221,7 @@ def parse(command: str, words: Sequence[str]) -> object:
     return tyro.cli(
         kind,
         prog=f"pte {command}",
-        description=f"{kind.__doc__}\n\nexamples:\n  {EXAMPLES[command]}",
+        description=f"{inspect.cleandoc(kind.__doc__ or '')}\n\nexamples:\n  {EXAMPLES[command]}",
         args=words,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,8 +70,9 @@ def go(browser: webdriver.Chrome, step: int) -> None:
 
 
 def tokens(browser: webdriver.Chrome, where: str, kind: str) -> list[str]:
-    found = role(browser, where).find_elements(By.CSS_SELECTOR, f".token.{kind}")
-    return [one.get_attribute("textContent") for one in found]
+    # Read in one go: after a change of the window's size the page draws again, a little later.
+    read = "return [...arguments[0].querySelectorAll(arguments[1])].map((one) => one.textContent)"
+    return browser.execute_script(read, role(browser, where), f".token.{kind}")
 
 
 def test_the_page_renders_without_an_error_and_asks_the_network_for_nothing(browser: webdriver.Chrome) -> None:
@@ -106,6 +108,7 @@ def test_the_page_fits_its_window(browser: webdriver.Chrome, width: int) -> None
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     browser.set_window_size(1400, 1200)
+    time.sleep(0.5)
     assert inside <= outside
 
 

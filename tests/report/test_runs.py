@@ -10,6 +10,7 @@ import pytest
 from pte.report.derived import kept_tokens, measurements_of
 from pte.report.measurements import of_metric
 from pte.report.runs import read_run
+from pte.report.sections import viewer_groups
 from synthetic_evidence import write_evidence
 
 GRPO = {
@@ -149,6 +150,20 @@ def test_a_half_part_is_left_out_with_a_sentence(tmp_path: Path, content: str, n
     (directory / "parts" / "surprise-1.json").write_text(content)
     run = read_run(str(directory))
     assert len(run.parts) == 1 and all(note in one for one in run.notes) and bool(run.notes) == bool(note)
+
+
+def test_completions_of_an_evidence_run_come_by_the_name_of_their_file(tmp_path: Path) -> None:
+    directory = write_evidence(tmp_path / "evidence", seeds=(0,), questions=("surprise",))
+    (directory / "rollouts").mkdir()
+    for arm in ("lora_full", "pte_read"):
+        (directory / "rollouts" / f"{arm}.json").write_text(json.dumps([ROLLOUT]))
+    groups = viewer_groups([read_run(str(directory)), read_run(str(write_compare(tmp_path / "job")))])
+    assert [group["label"] for group in groups] == [
+        "evidence: PTE, rule read",
+        "job: PTE",
+        "evidence: LoRA, full cache",
+        "job: LoRA, full cache",
+    ], "the arms that have a state come first"
 
 
 def test_an_evidence_run_without_a_part_says_so(tmp_path: Path) -> None:

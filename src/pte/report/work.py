@@ -21,6 +21,7 @@ from pte.report.tables import NOTHING, Table, arm_name, means_table
 if TYPE_CHECKING:
     from pte.report.runs import RecordedRun, Row
 
+PLACES = ("step", "seconds", "tokens")
 STATE_WORK = ("fold_seconds", "read_seconds")
 FLAT = 1.05
 
@@ -51,7 +52,12 @@ def learning_section(runs: Sequence[RecordedRun]) -> Section | None:
 
 
 def rl_section(measurements: Sequence[Measurement]) -> Section:
-    """GRPO against wall time and tokens."""
+    """GRPO against wall time and tokens.
+
+    Raises:
+        ValueError: A measurement has no place on a curve.
+    """
+    measurements = sorted(measurements, key=place_on_curve)
     figures = []
     for title, group in grouped(by_arm(measurements), rl_title).items():
         drawn = rl_figure(group, name=f"rl-{style.file_name(title)}", caption=f"{title}: GRPO of every arm.")
@@ -100,17 +106,23 @@ def rl_section(measurements: Sequence[Measurement]) -> Section:
 
 def rl_title(one: Measurement) -> str:
     """Task and setting without the place on the curve."""
-    return panel_title(one, "step", "seconds", "tokens")
+    return panel_title(one, *PLACES)
+
+
+def place_on_curve(one: Measurement) -> float:
+    """Its step, or else its seconds or tokens.
+
+    Raises:
+        ValueError: It has none of them.
+    """
+    return one.number(next((key for key in PLACES if one.at(key) is not None), PLACES[0]))
 
 
 def ends(measurements: Sequence[Measurement], part: str) -> Estimate | None:
     """The estimate over seeds of the mean reward of the first or last tenth of the steps; None without a reward."""
     means = []
     for group in grouped(of_metric(measurements, "reward"), lambda one: one.seed).values():
-        rows = sorted(
-            group,
-            key=lambda one: next(one.number(key) for key in ("step", "seconds", "tokens") if one.at(key) is not None),
-        )
+        rows = sorted(group, key=place_on_curve)
         count = max(1, len(rows) // 10)
         chosen = rows[:count] if part == "first" else rows[-count:]
         one = chosen[0]
