@@ -133,7 +133,7 @@ class Replay(nn.Module):
             chosen, entropy = self.scores(inputs, hidden, batch=batch, with_entropy=True)
             logprobs.view(-1)[inputs.places] = chosen
             entropies.view(-1)[inputs.places] = entropy
-        followed = walk.followed()
+        followed = walk.choices.followed()
         if history is not None:
             history.batch = followed
         return logprobs, entropies, followed

@@ -9,7 +9,7 @@ Paper: pi^D(y_t | C_t^D) for all t of a stretch at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pte.method.attention import StretchAttention, stretch_mask
 from pte.method.cache import BoundedCache, EvictedTokens
-from pte.method.eviction.policy import kept_tokens
-from pte.method.observe import AttentionObserver
 from pte.model.segment import adapter_weights, fold, read_state, run_layers
+from pte.rollout.choices import EvictionChoices, note_attention
 from pte.rollout.sampling import token_logprobs
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
+    from pte.method.observe import AttentionObserver
     from pte.method.schedule import Stretch
     from pte.model.policy import BoundedPolicy
     from pte.rollout.record import ReplayBatch
@@ -65,9 +65,6 @@ class StretchInputs:
 class Walk:
     """The cache and the bookkeeping of a batch on its way through the stretches.
 
-    A policy that needs attention, keys or values is asked only where the batch does not record what left; `followed`
-    is then the batch with the record of what was chosen here.
-
     Args:
         policy: The bounded policy.
         batch: Sorted by completion length, longest first.
@@ -87,11 +84,9 @@ class Walk:
             device=batch.prompt_ids.device,
         )
         self.cache.prompt_lengths = batch.prompt_lengths
-        self.chooses = policy.records_evictions and batch.evicted_tokens is None
-        self.chosen: list[Int[Tensor, "sequences evicted"]] = []
-        self.observed_queries = policy.eviction.needs.attention if self.chooses and len(self.stretches) > 1 else None
-        if self.observed_queries is not None:
-            self.cache.track_attention(self.observed_queries)
+        self.choices = EvictionChoices(policy, batch)
+        if self.choices.observed_queries is not None and len(self.stretches) > 1:
+            self.cache.track_attention(self.choices.observed_queries)
 
     def active(self, stretch: Stretch) -> int:
         """Sequences that still have tokens in a stretch; they are the first rows."""
@@ -150,7 +145,7 @@ class Walk:
         width = segments * block
         reasoning = torch.arange(stretch.start, stretch.start + width, device=device)
         inside = reasoning.clamp(max=batch.completion_ids.shape[1] - 1)
-        evicted_slots, kept = self.plan_evictions(stretch, active)
+        evicted_slots, kept = self.choices.plan(self.cache, stretch)
         scored: list[int] = []
         places: list[int] = []
         for row, length in enumerate(self.lengths[:active]):
@@ -186,9 +181,6 @@ class Walk:
         device = token_ids.device
         where = torch.tensor(places, device=device, dtype=torch.int64)
         prompt_tokens = self.batch.prompt_ids.shape[1] if stretch.start == 0 else 0
-        observer = None
-        if self.observed_queries is not None and stretch != self.stretches[-1]:
-            observer = AttentionObserver(first_query=-1 if self.observed_queries == "last" else prompt_tokens)
         return StretchInputs(
             token_ids=token_ids,
             positions=positions,
@@ -196,81 +188,11 @@ class Walk:
             segments=segments,
             prompt_tokens=prompt_tokens,
             evicted_slots=evicted_slots,
-            observer=observer,
+            observer=None if stretch == self.stretches[-1] else self.choices.observer(prompt_tokens),
             scored=torch.tensor(scored, device=device, dtype=torch.int64),
             targets=self.batch.completion_ids.reshape(-1)[where],
             places=where,
         )
-
-    def plan_evictions(
-        self, stretch: Stretch, active: int
-    ) -> tuple[list[Int[Tensor, "sequences evicted"]], Bool[Tensor, "sequences segments slots"]]:
-        """Asks the eviction policy as the rollout did, block by block, and says what each segment still holds.
-
-        A policy that needs more than indices and seeds has one block in a stretch, and is asked only without a record.
-        """
-        if self.batch.evicted_tokens is not None and self.policy.records_evictions:
-            return self.follow_record(stretch, active)
-        policy, schedule = self.policy, self.policy.schedule
-        assert schedule.evict_tokens is not None
-        block = schedule.evict_tokens
-        filled = self.cache.positions >= 0
-        device = filled.device
-        seen = kept_tokens(
-            self.cache,
-            policy.eviction.needs,
-            rows=slice(None),
-            eviction_index=torch.full((active,), stretch.first_eviction, device=device),
-            stream_seeds=self.batch.stream_seeds[:active],
-        )
-        table = seen.token_indices
-        evicted_slots, kept = [], []
-        for index in range(stretch.num_evictions):
-            seen = replace(seen, token_indices=table, eviction_index=seen.eviction_index + (index > 0))
-            slots = policy.eviction.evicted_slots(seen, evict_tokens=block)
-            if self.chooses:
-                self.chosen.append(table.gather(1, slots))
-            entering = torch.arange(block, device=device) + stretch.start + index * block
-            table = table.scatter(1, slots, entering.expand(active, -1))
-            filled = filled.scatter(1, slots + self.cache.prompt_slots, False)
-            evicted_slots.append(slots)
-            kept.append(filled)
-        return evicted_slots, torch.stack(kept, dim=1)
-
-    def follow_record(
-        self, stretch: Stretch, active: int
-    ) -> tuple[list[Int[Tensor, "sequences evicted"]], Bool[Tensor, "sequences segments slots"]]:
-        """The recorded eviction before a stretch of one segment.
-
-        Raises:
-            ValueError: The record names other tokens than a block of those that are kept.
-        """
-        recorded, block = self.batch.evicted_tokens, self.policy.schedule.evict_tokens
-        assert recorded is not None and block is not None
-        table = self.cache.token_indices()
-        index = stretch.first_eviction
-        fits = recorded.shape[1] > index and recorded.shape[2] == block
-        tokens = recorded[:active, index] if fits else table.new_full((active, block), -1)
-        same = table[:, None, :] == tokens[:, :, None]
-        if not bool((same.any(1).sum(1) == block).all()):
-            raise ValueError(
-                f"evicted_tokens must name {block} kept reasoning tokens at eviction {index} of every completion that "
-                f"gets there, got another record; replay rollouts with the cache they were made with, or leave the "
-                f"record out"
-            )
-        slots = same.int().argmax(2)
-        filled = (self.cache.positions >= 0).scatter(1, slots + self.cache.prompt_slots, False)
-        return [slots], filled[:, None]
-
-    def followed(self) -> ReplayBatch:
-        """The batch with the record of what was chosen on this walk, for the walks that repeat it."""
-        if not self.chooses:
-            return self.batch
-        device, block = self.batch.prompt_ids.device, self.policy.schedule.evict_tokens or 0
-        record = torch.full((len(self.lengths), len(self.chosen), block), -1, dtype=torch.int64, device=device)
-        for index, tokens in enumerate(self.chosen):
-            record[: len(tokens), index] = tokens
-        return replace(self.batch, evicted_tokens=record)
 
     def evict(self, inputs: StretchInputs) -> list[EvictedTokens]:
         """Takes the blocks of a stretch out of the cache."""
@@ -311,7 +233,7 @@ class Walk:
         )
         slots = cache.take_slots(reasoning)
         if inputs.observer is not None:
-            self.note_attention(inputs.observer.take(), slots, first=bool(prompt))
+            note_attention(cache, inputs.observer.take(), slots=slots, first=bool(prompt))
         if prompt:
             index = torch.arange(prompt, device=keys.device).expand(sequences, -1)
             slots = torch.cat((index, slots), dim=1)
@@ -324,22 +246,6 @@ class Walk:
         else:
             cache.keys.scatter_(3, where, keys)
             cache.values.scatter_(3, where, values)
-
-    def note_attention(
-        self, received: Float[Tensor, "sequences keys"], slots: Int[Tensor, "sequences tokens"], *, first: bool
-    ) -> None:
-        """Puts what a stretch's queries gave to [slots | tokens of the stretch] where the tokens lie.
-
-        Args:
-            received: Sums over the queries, layers and heads.
-            slots: Of the stretch's tokens, counted over prompt and window; nothing else lies in them.
-            first: The first stretch, whose keys are the prompt's and its own alone.
-        """
-        cache, tokens = self.cache, slots.shape[1]
-        window = torch.zeros_like(cache.free_slots, dtype=received.dtype)
-        if not first:
-            window += received[:, cache.prompt_slots : cache.positions.shape[1]]
-        cache.add_attention(window.scatter(1, slots - cache.prompt_slots, received[:, -tokens:]))
 
 
 def batch_stretches(policy: BoundedPolicy, batch: ReplayBatch) -> tuple[Stretch, ...]:
