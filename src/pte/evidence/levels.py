@@ -138,12 +138,12 @@ def with_grpo(level: Level) -> ExperimentConfig:
     """A short warm start and GRPO."""
     train = replace(
         level.config.train,
-        steps=100,
+        steps=120,
         prompts_per_step=32,
         group_size=4,
         micro_batch_size=128,
         loss="dapo",
-        learning_rate=2e-4,
+        learning_rate=3e-4,
         warmup_steps=5,
     )
     return replace(level.config, train=train)
@@ -159,7 +159,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
     recall = TaskConfig(kind="recall", num_facts=16, num_queries=8, num_keys=64)
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
-    rl = replace(chained_level(4, steps=60), name="chained-rl", compared=False)
+    rl = replace(chained_level(4, steps=90), name="chained-rl", compared=False)
     found = [
         chained_level(3),
         chained_level(6),
