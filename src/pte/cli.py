@@ -92,8 +92,8 @@ class EvalArguments:
     completions: str | None = None
     """Write every completion to this JSONL file."""
     rollouts: str | None = None
-    """Write a few completions with log-probs, evictions and states to this JSON file; `pte report` shows the
-    rollouts.json of a run's directory."""
+    """Write a few completions with log-probs, evictions and states to this JSON file; as rollouts.json in a run's
+    directory, `pte report` shows it."""
 
 
 @dataclasses.dataclass(frozen=True)
