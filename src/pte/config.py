@@ -190,7 +190,7 @@ class TaskConfig:
     """Recall: facts that the policy writes; the trace has two tokens for each fact and each query, plus one."""
     num_queries: int = 8
     """Recall: facts that it is asked for."""
-    num_keys: int = 256
+    num_keys: int = 128
     """Recall: keys to draw from; fewer than num_facts are written again with new values."""
     max_age: int | None = None
     """Recall: each query asks for one of the last max_age facts, in between; unset for all queries at the end."""

@@ -159,11 +159,11 @@ def test_uniform_values_are_refused_in_less_than_one_completion_of_200(num_facts
     ("shape", "message"),
     [
         ({"num_facts": 0}, "num_facts must be at least 1, got 0; use 16"),
-        ({"num_keys": 257}, "num_keys must be from 2 to 256 (the keys of the vocabulary), got 257; use 256"),
+        ({"num_keys": 129}, "num_keys must be from 2 to 128 (the keys of the vocabulary), got 129; use 128"),
         ({"num_queries": 17}, "num_queries must be from 1 to 16 (each key is asked for once), got 17; use 16 or fewer"),
         ({"num_queries": 5, "num_keys": 4}, "num_queries must be from 1 to 4 (each key"),
         ({"max_age": 17, "num_keys": 16}, "max_age must be from 1 to num_keys (16; an older fact may be overwritten)"),
-        ({"max_age": 0}, "max_age must be from 1 to num_keys (256;"),
+        ({"max_age": 0}, "max_age must be from 1 to num_keys (128;"),
         ({"num_queries": 17, "max_age": 4}, "num_queries must be from 1 to 16, got 17; use 16 or fewer"),
     ],
 )

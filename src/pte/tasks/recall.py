@@ -41,7 +41,7 @@ from pte.tasks.generated import (
 )
 
 NUM_VALUES = 16
-MAX_KEYS = 256
+MAX_KEYS = 128
 KEYS = tuple(f"key{index}" for index in range(MAX_KEYS))
 ASKS = tuple(f"ask{index}" for index in range(MAX_KEYS))
 VALUES = tuple(f"val{index}" for index in range(NUM_VALUES))
