@@ -44,6 +44,7 @@ kind = "lora"
 rank = 8
 scale = 2
 targets = ["q_proj", "v_proj"]
+layers = [1, 0]
 update_rule = "paper"
 key_space = "post_rotary"
 global_tokens = 0
