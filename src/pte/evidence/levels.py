@@ -19,12 +19,15 @@ from pte.config import (
     TaskConfig,
     TrainConfig,
 )
+from pte.tasks.families import FAMILIES
 
 WINDOW = CacheConfig(window_tokens=8, evict_tokens=2)
 SLOTS = 256
 ROOM_TOKENS = 8
 """Tokens that a completion may be longer than a right trace."""
 BASES = "bases"
+LOOKED_AT = 16
+"""Problems whose traces say how long a completion may be."""
 STREAM_KEYS = 64
 STREAM_AGE = 48
 STREAM_TOKENS_PER_FACT = 3
@@ -62,18 +65,17 @@ class Level:
         """A recall experiment with another number of facts."""
         queries = min(num_facts, self.config.task.num_queries)
         shape = replace(self.config.task, num_facts=num_facts, num_queries=queries)
-        return with_shape(self.config, shape, trace_tokens=2 * (num_facts + queries) + 1)
+        return with_shape(self.config, shape)
 
     def stream(self, *, windows: int) -> ExperimentConfig:
         """A stream experiment at another length."""
-        return with_shape(self.config, stream_shape(windows), trace_tokens=windows * WINDOW.window_tokens)
+        return with_shape(self.config, stream_shape(windows))
 
 
 def level(
     name: str,
     shape: TaskConfig,
     *,
-    trace_tokens: int,
     steps: int,
     base: Path | None = None,
     compared: bool = True,
@@ -84,7 +86,6 @@ def level(
     Args:
         name: Of the level.
         shape: Of the problems.
-        trace_tokens: Tokens of a right trace.
         steps: Of the warm start.
         base: Folder of the base; None for the shipped one.
         compared: Whether all arms are compared on it.
@@ -102,17 +103,25 @@ def level(
     return Level(
         name=name,
         task=shape.kind,
-        windows=round(trace_tokens / WINDOW.window_tokens),
-        config=with_shape(config, shape, trace_tokens=trace_tokens),
+        windows=round(trace_tokens(shape) / WINDOW.window_tokens),
+        config=with_shape(config, shape),
         base=None if base is None else f"base-{base.name}",
         compared=compared,
         transfer=transfer,
     )
 
 
-def with_shape(config: ExperimentConfig, shape: TaskConfig, *, trace_tokens: int) -> ExperimentConfig:
+def trace_tokens(shape: TaskConfig) -> int:
+    """Tokens of the longest of some right traces."""
+    family = FAMILIES[shape.kind]
+    options = {name: getattr(shape, name) for name in family.shape_fields}
+    problems = family.generate(LOOKED_AT, seed=0, split="train", **options)
+    return max(len(problem.trace.split()) for problem in problems)
+
+
+def with_shape(config: ExperimentConfig, shape: TaskConfig) -> ExperimentConfig:
     """The same experiment on problems of another shape."""
-    most = trace_tokens + ROOM_TOKENS
+    most = trace_tokens(shape) + ROOM_TOKENS
     return replace(
         config,
         task=shape,
@@ -122,10 +131,10 @@ def with_shape(config: ExperimentConfig, shape: TaskConfig, *, trace_tokens: int
 
 
 def chained_level(statements: int, *, steps: int = 200) -> Level:
-    """Chained assignments on the shipped base; ten tokens a statement, four for the answer."""
-    tokens = 10 * statements + 4
+    """Chained assignments on the shipped base."""
     shape = TaskConfig(kind="chained", num_statements=statements, num_names=statements + 4)
-    return level(f"chained-{round(tokens / WINDOW.window_tokens)}w", shape, trace_tokens=tokens, steps=steps)
+    windows = round(trace_tokens(shape) / WINDOW.window_tokens)
+    return level(f"chained-{windows}w", shape, steps=steps)
 
 
 def stream_shape(windows: int) -> TaskConfig:
@@ -165,16 +174,9 @@ def levels_of(directory: Path) -> dict[str, Level]:
         chained_level(6),
         chained_level(12),
         replace(rl, config=with_grpo(rl)),
-        level("recall-16", recall, trace_tokens=49, steps=200, base=bases / "recall", transfer=True),
-        level(
-            "recall-stream",
-            stream_shape(16),
-            trace_tokens=16 * WINDOW.window_tokens,
-            steps=200,
-            base=bases / "recall",
-            compared=False,
-        ),
-        level("permutation", permutation, trace_tokens=74, steps=200, base=bases / "permutation"),
-        level("multiplication", multiplication, trace_tokens=43, steps=200, base=bases / "multiplication"),
+        level("recall-16", recall, steps=200, base=bases / "recall", transfer=True),
+        level("recall-stream", stream_shape(16), steps=200, base=bases / "recall", compared=False),
+        level("permutation", permutation, steps=200, base=bases / "permutation"),
+        level("multiplication", multiplication, steps=200, base=bases / "multiplication"),
     ]
     return {one.name: one for one in found}
