@@ -45,7 +45,6 @@ class Level:
         config: The PTE experiment; arms, seeds and names are filled in.
         base: Name of the part that makes the base, or None for the shipped one.
         compared: Whether all arms are compared on it.
-        transfer: Whether adapters of other tasks are read on it.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Level:
     config: ExperimentConfig
     base: str | None = None
     compared: bool = True
-    transfer: bool = False
 
     @property
     def setting(self) -> dict[str, float | str]:
@@ -79,7 +77,6 @@ def level(
     steps: int,
     base: Path | None = None,
     compared: bool = True,
-    transfer: bool = False,
 ) -> Level:
     """A level with the evidence's own settings of cache, optimisation and evaluation.
 
@@ -89,7 +86,6 @@ def level(
         steps: Of the warm start.
         base: Folder of the base; None for the shipped one.
         compared: Whether all arms are compared on it.
-        transfer: Whether adapters of other tasks are read on it.
     """
     sampled = "recall" in shape.families
     config = ExperimentConfig(
@@ -107,16 +103,17 @@ def level(
         config=with_shape(config, shape),
         base=None if base is None else f"base-{base.name}",
         compared=compared,
-        transfer=transfer,
     )
 
 
 def trace_tokens(shape: TaskConfig) -> int:
     """Tokens of the longest of some right traces."""
-    family = FAMILIES[shape.kind]
-    options = {name: getattr(shape, name) for name in family.shape_fields}
-    problems = family.generate(LOOKED_AT, seed=0, split="train", **options)
-    return max(len(problem.trace.split()) for problem in problems)
+    lengths = []
+    for family in (FAMILIES[name] for name in shape.families):
+        options = {name: getattr(shape, name) for name in family.shape_fields}
+        problems = family.generate(LOOKED_AT, seed=0, split="train", **options)
+        lengths += [len(problem.trace.split()) for problem in problems]
+    return max(lengths)
 
 
 def with_shape(config: ExperimentConfig, shape: TaskConfig) -> ExperimentConfig:
@@ -168,15 +165,20 @@ def levels_of(directory: Path) -> dict[str, Level]:
     recall = TaskConfig(kind="recall", num_facts=16, num_queries=8, num_keys=64)
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
+    mixture = TaskConfig(kind="mixture", mixture=("permutation", "multiplication"))
     rl = replace(chained_level(4, steps=90), name="chained-rl", compared=False)
     found = [
         chained_level(3),
         chained_level(6),
         chained_level(12),
         replace(rl, config=with_grpo(rl)),
-        level("recall-16", recall, steps=200, base=bases / "recall", transfer=True),
+        level("recall-16", recall, steps=200, base=bases / "recall"),
         level("recall-stream", stream_shape(16), steps=200, base=bases / "recall", compared=False),
         level("permutation", permutation, steps=200, base=bases / "permutation"),
         level("multiplication", multiplication, steps=200, base=bases / "multiplication"),
+        *(
+            level(f"puzzles-{shape.kind}", shape, steps=200, base=bases / "puzzles", compared=False)
+            for shape in (permutation, multiplication, mixture)
+        ),
     ]
     return {one.name: one for one in found}

@@ -60,6 +60,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
         parts += capacity_parts(levels["recall-16"], seed=seed)
         parts += stream_parts(levels["recall-stream"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
+        parts += transfer_parts(levels, seed=seed)
         if seed == 0:
             parts += cost_parts(levels["chained-8w"])
     return [*needed_bases(parts), *parts]
@@ -229,6 +230,24 @@ def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str)
         cost=about,
         after=level.base,
     )
+
+
+def transfer_parts(levels: dict[str, Level], *, seed: int) -> Iterator[TrainedPart]:
+    """Trained on one task or on both in turns, and read on each, all on the base that knows both."""
+    single = [levels["puzzles-permutation"], levels["puzzles-multiplication"]]
+    for trained in (*single, levels["puzzles-mixture"]):
+        readings = []
+        for one in single:
+            setting: dict[str, float | str] = {"trained_on": trained.task, "read_on": one.task}
+            about = Label("transfer", "puzzles", "pte_delta", "warm_start", seed, setting)
+            readings.append(Reading(about, seeded(one.config, seed)))
+        yield TrainedPart(
+            name=f"transfer-{trained.task}-seed{seed}",
+            config=seeded(trained.config, seed),
+            arm="pte_delta",
+            readings=tuple(readings),
+            after=trained.base,
+        )
 
 
 def cost_parts(level: Level) -> Iterator[CostPart]:

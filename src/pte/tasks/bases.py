@@ -93,6 +93,11 @@ def draw_multiplications(rng: random.Random, done: float) -> list[GeneratedProbl
     return multiplication.generate_problems(64, seed=rng.getrandbits(48), split="train")
 
 
+def draw_puzzles(rng: random.Random, done: float) -> list[GeneratedProblem]:
+    """A batch of permutations or one of multiplications."""
+    return rng.choice((draw_permutations, draw_multiplications))(rng, done)
+
+
 RECIPES: dict[str, BaseRecipe] = {
     "recall": BaseRecipe(
         families=("recall",),
@@ -126,6 +131,15 @@ RECIPES: dict[str, BaseRecipe] = {
         draw_batch=draw_multiplications,
         settings=BaseSettings(steps=1000, peak_lr=3e-3, size=BaseSize(num_layers=2, initializer_range=0.06)),
         measured=(("multiplication", {"left_digits": 3, "right_digits": 2}),),
+    ),
+    "puzzles": BaseRecipe(
+        families=("permutation", "multiplication"),
+        draw_batch=draw_puzzles,
+        settings=BaseSettings(steps=1800, peak_lr=2e-3, size=BaseSize(num_layers=3, initializer_range=0.06)),
+        measured=(
+            ("permutation", {"num_reveals": 4, "moves_per_reveal": PERMUTATION_MOVES}),
+            ("multiplication", {"left_digits": 3, "right_digits": 2}),
+        ),
     ),
 }
 
