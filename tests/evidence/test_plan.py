@@ -75,12 +75,11 @@ def test_a_part_runs_on_the_base_that_it_waits_for_in_everything_it_does(preset:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_number_is_measured_twice(preset: str) -> None:
+    names = ("question", "task", "arm", "stage", "seed")
     keys = [
-        (one.kind, one.label.question, one.label.task, one.label.arm, one.label.stage, one.label.seed)
-        + tuple(one.label.setting.items())
+        (one.kind, *(getattr(one.label, name) for name in names), *one.label.setting.items())
         for one in readings_of(PLANS[preset])
     ]
-    # The chained task has several lengths, whose labels differ in windows.
     assert len(set(keys)) == len(keys)
 
 
@@ -154,7 +153,9 @@ def test_the_arms_of_the_issue_are_compared_on_all_four_tasks_and_on_three_lengt
     assert {task for task, _ in found} == {"chained", "recall", "permutation", "multiplication"}
     assert {windows for task, windows in found if task == "chained"} == {4, 8, 16}
     for task, windows in found:
-        here = [one.label for one in labels("arms") if (one.label.task, one.label.setting["windows"]) == (task, windows)]
+        here = [
+            one.label for one in labels("arms") if (one.label.task, one.label.setting["windows"]) == (task, windows)
+        ]
         assert {label.arm for label in here} == arms
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from pte.evidence import readings
 from pte.evidence.measurements import Label
 from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries, state_sizes, trace_blocks
-from pte.session import Session
 from pte.method.cache import EvictedTokens
 from pte.method.schedule import EvictionSchedule
 from pte.model.segment import folded_keys
@@ -20,6 +19,7 @@ from pte.rollout import generate
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.replay import expanded_first_state
+from pte.session import Session
 from pte.tasks.evaluate import EvaluatedCompletion
 from pte.tasks.problems import Problem
 from pte.tasks.task import TrainingProblem

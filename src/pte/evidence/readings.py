@@ -128,8 +128,8 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
     """For every query of a recall problem, whether it is right and how many evictions ago its value left.
 
     The value with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
-    q - 1 enters. Where a completion does not carry out the operations, or its values do not vary, every query is wrong, as
-    in `fraction_right`.
+    q - 1 enters. Where a completion does not carry out the operations, or its values do not vary, every query is wrong,
+    as in `fraction_right`.
     """
     operations = completion.problem.answer
     found = read_completion(completion.text, operations)
