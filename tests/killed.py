@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import torch
 
@@ -32,19 +33,42 @@ def run_and_die(arguments: Sequence[str], fsync: int | None) -> None:
     """
     from pte.cli import main
 
-    torch.set_num_threads(1)
-    flush, calls = os.fsync, 0
+    calls = 0
 
-    def dying(descriptor: int) -> None:
+    def is_the_time() -> bool:
         nonlocal calls
         calls += 1
-        if calls == fsync:
+        return calls == fsync
+
+    work_and_die(lambda: sys.exit(main(arguments)), is_the_time)
+
+
+def work_and_die(work: Callable[[], object], moment: Callable[[], bool]) -> None:
+    """Works in this process, which kills itself as it is about to flush a file and the moment has come."""
+    torch.set_num_threads(1)
+    flush = os.fsync
+
+    def dying(descriptor: int) -> None:
+        if moment():
             os.kill(os.getpid(), signal.SIGKILL)
         flush(descriptor)
 
     os.fsync = dying
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        sys.exit(main(arguments))
+        work()
+
+
+def has_lines(path: Path, count: int) -> bool:
+    """Whether a file is there and has at least so many lines."""
+    return path.is_file() and len(path.read_bytes().splitlines()) >= count
+
+
+def exit_code_of(work: Callable[[], object], moment: Callable[[], bool]) -> int | None:
+    """Exit code of work in a process of its own, -9 where it was killed at the moment; both travel by pickle."""
+    process = warm_processes().Process(target=work_and_die, args=(work, moment))
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def run_command(

@@ -186,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         commands.run(command, parsed)
     except KeyboardInterrupt:
-        print("\npte: interrupted; a run goes on with --run.resume", file=sys.stderr)
+        how = "the same command goes on" if command == "evidence" else "a run goes on with --run.resume"
+        print(f"\npte: interrupted; {how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)

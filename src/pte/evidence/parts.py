@@ -169,9 +169,8 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
     try:
         train(run, on_step=lambda _, step, __: between_stages(step))
     except TrainingStopped as stop:
-        steps = len((own / "metrics.jsonl").read_bytes().splitlines())
         print(f"{part.name}: {stop}", flush=True)
-        stopped = [Measurement(part.readings[0].label, "stopped_at_step", float(steps))]
+        stopped = [Measurement(part.readings[0].label, "stopped_at_step", float(1 + len(metrics_rows(own))))]
     measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
     if part.shown:
         show(run.session, part.readings[0], directory / ROLLOUTS / f"{part.name}.json")
@@ -180,10 +179,11 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
 
 
 def between_measurements(part: TrainedPart, own: Path) -> list[Measurement]:
-    """What was scored after the warm start, perhaps by an earlier process."""
-    if not part.between:
+    """What was scored after the warm start, perhaps by an earlier process; nothing where the run did not get there."""
+    path = own / BETWEEN_FILE
+    if not path.is_file():
         return []
-    rows = json.loads((own / BETWEEN_FILE).read_text(encoding="utf-8"))
+    rows = json.loads(path.read_text(encoding="utf-8"))
     each = len(rows) // len(part.between)
     return [
         Measurement(part.between[index // each].label, metric, value, right=right, total=total)
@@ -208,15 +208,16 @@ def curve(part: TrainedPart, own: Path) -> list[Measurement]:
 
 
 def costs(part: TrainedPart, own: Path) -> list[Measurement]:
-    """What a training step took, the first ones left out."""
-    if part.cost is None:
-        return []
+    """What a training step took, the first ones left out; nothing where no step was finished."""
     rows = metrics_rows(own, stage="grpo") or metrics_rows(own, stage="distill")
+    if part.cost is None or not rows:
+        return []
     settled = sorted(row["seconds"] for row in rows[len(rows) // 10 :])
     return [Measurement(part.cost, "step_seconds", settled[len(settled) // 2])]
 
 
-def metrics_rows(own: Path, *, stage: str) -> list[dict[str, float]]:
-    """Rows of a run's metrics of one stage."""
-    lines = (own / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+def metrics_rows(own: Path, *, stage: str | None = None) -> list[dict[str, float]]:
+    """Rows of a run's metrics, of one stage or of both; none before the first step."""
+    path = own / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if stage in (None, row["stage"])]

@@ -30,7 +30,7 @@ RULES = ("pte_paper", "pte_read", "pte_delta")
 CAPACITY_FACTS = (4, 8, 16, 32, 64, 128)
 CAPACITY_RANKS = (8, 16, 32, 64)
 LENGTH_ARMS = ("lora_full", "lora_window", "pte_paper", "pte_read", "pte_delta")
-GENERATED_WINDOWS = (8, 12, 24, 40, 72)
+WINDOWS_BEYOND_TRAINING = (0, 4, 16, 32, 64)
 RL_ARMS = ("pte_delta", "lora_window", "lora_full")
 COST_ARMS = ("base_full", "lora_full", "lora_window", "lora_h2o", "pte_paper", "pte_read", "pte_delta")
 MEMORY_TOKENS = (64, 128, 256, 512)
@@ -161,13 +161,14 @@ def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
 
 def stream_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
     """Streams of facts and queries: accuracy by age of eviction, and far beyond the length of the training."""
+    lengths = [level.windows + beyond for beyond in WINDOWS_BEYOND_TRAINING]
     for arm in LENGTH_ARMS:
         readings = []
         if arm in RULES:
-            longest = level.stream(windows=GENERATED_WINDOWS[-1])
+            longest = level.stream(windows=lengths[-1])
             about = Label("forgetting", level.task, arm, "warm_start", seed)
             readings.append(Reading(about, seeded(longest, seed), kind="age"))
-        for windows in GENERATED_WINDOWS:
+        for windows in lengths:
             setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
             about = Label("length", level.task, arm, "warm_start", seed, setting)
             readings.append(Reading(about, seeded(level.stream(windows=windows), seed), kind="queries"))

@@ -17,20 +17,18 @@ import torch
 
 from pte.arms import arm_config
 from pte.evidence.measurements import Label, Measurement
-from pte.method.attention import StretchAttention, stretch_mask
-from pte.method.cache import EvictedTokens
-from pte.model.segment import fold, run_layers
+from pte.model.segment import fold
+from pte.rollout.record import collate
 from pte.rollout.replay import expanded_first_state
+from pte.rollout.walk import Walk, run_stretch, segment_states
 from pte.session import Session, eviction_policy, open_task
 from pte.tasks.evaluate import evaluate_session
 from pte.tasks.recall import VALUES, read_completion
 from pte.tasks.rollouts_file import ROLLOUTS, write_rollouts
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
     from pte.config import ExperimentConfig
+    from pte.method.cache import EvictedTokens
     from pte.method.schedule import EvictionSchedule
     from pte.tasks.evaluate import EvaluatedCompletion
 
@@ -130,7 +128,8 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
     """For every query of a recall problem, whether it is right and how many evictions ago its value left.
 
     The value with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
-    q - 1 enters. Where a completion does not carry out the operations, every query is wrong.
+    q - 1 enters. Where a completion does not carry out the operations, or its values do not vary, every query is wrong,
+    as in `fraction_right`.
     """
     operations = completion.problem.answer
     found = read_completion(completion.text, operations)
@@ -141,7 +140,7 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
     block = schedule.evict_tokens
     return [
         (
-            found is not None and query.right,
+            found is not None and found.values_vary and query.right,
             0 if block is None else schedule.evictions_before(query.query_token - 1) - query.fact_token // block,
         )
         for query in laid_out.queries
@@ -152,7 +151,7 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
 def state_sizes(session: Session, label: Label) -> list[Measurement]:
     """Largest |S| over layers and sequences, before normalisation and as it is read, after 1, 2, 4 ... evictions.
 
-    Real keys and values of right traces are folded again and again, in blocks of the schedule, 10,000 times.
+    What leaves the cache along right traces is folded again and again, 10,000 times.
     """
     policy = session.policy
     adapter = policy.adapter
@@ -162,7 +161,7 @@ def state_sizes(session: Session, label: Label) -> list[Measurement]:
     assert state is not None
     measurements = []
     for eviction in range(1, STATE_EVICTIONS + 1):
-        state = fold(policy, state, blocks[eviction % len(blocks)])
+        state = fold(policy, state, blocks[(eviction - 1) % len(blocks)])
         if eviction & (eviction - 1) == 0 or eviction == STATE_EVICTIONS:
             here = replace(label, setting={**label.setting, "evictions": eviction})
             read_state = adapter.encoder.read(state)
@@ -173,35 +172,42 @@ def state_sizes(session: Session, label: Label) -> list[Measurement]:
     return measurements
 
 
+@torch.no_grad()
 def trace_blocks(session: Session) -> list[EvictedTokens]:
-    """Keys and values of right traces under the full cache, in blocks as they would be evicted."""
+    """Keys and values of each eviction, in order, as the policy goes through right traces of one length."""
     policy, task = session.policy, session.task
-    problems = [task.training(index) for index in range(STATE_PROBLEMS)]
-    rows = []
-    for one in problems:
+    prompts, traces = [], []
+    for index in range(STATE_PROBLEMS):
+        one = task.training(index)
         assert one.trace is not None
-        rows.append(task.prompt_ids(one.problem) + task.completion_ids(one.trace))
-    length = min(map(len, rows))
-    tokens = torch.tensor([row[:length] for row in rows], device=policy.device)
-    nothing = torch.zeros(len(rows), 1, 0, dtype=torch.bool, device=policy.device)
-    attention = StretchAttention(
-        None, None, mask=stretch_mask(nothing, torch.ones_like(tokens).bool(), dtype=policy.dtype), segments=1
+        prompts.append(task.prompt_ids(one.problem))
+        traces.append(task.completion_ids(one.trace))
+    length = min(map(len, traces))
+    walk = Walk(
+        policy,
+        collate(
+            prompts,
+            [trace[:length] for trace in traces],
+            stream_seeds=range(STATE_PROBLEMS),
+            temperature=1.0,
+            device=policy.device,
+        ),
     )
-    positions = torch.arange(length, device=policy.device).expand_as(tokens)
-    run_layers(policy, tokens, positions=positions, attention=attention, states=None, weights=None)
-
-    def stacked(stored: dict[int, Tensor]) -> Float[Tensor, "layers batch tokens kv_dim"]:
-        return torch.stack([stored[layer].transpose(1, 2).flatten(2) for layer in sorted(stored)])
-
-    keys, values = stacked(attention.new_keys), stacked(attention.new_values)
-    block = policy.schedule.evict_tokens
-    assert block is not None
-    starts = range(0, length - block + 1, block)
-    return [
-        EvictedTokens(
-            keys=keys[:, :, start : start + block],
-            values=values[:, :, start : start + block],
-            positions=positions[:, start : start + block],
+    state = expanded_first_state(policy, STATE_PROBLEMS)
+    assert state is not None
+    blocks: list[EvictedTokens] = []
+    for stretch in walk.stretches:
+        inputs = walk.enter(stretch)
+        evicted = walk.evict(inputs)
+        states = segment_states(policy, state, evicted)
+        _, keys, values = run_stretch(
+            policy,
+            inputs,
+            cache_keys=walk.cache.keys,
+            cache_values=walk.cache.values,
+            states=torch.stack(states, dim=2),
         )
-        for start in starts
-    ]
+        state = states[-1]
+        walk.store(stretch, inputs, keys=keys, values=values, graph=False)
+        blocks += evicted
+    return blocks

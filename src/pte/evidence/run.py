@@ -50,7 +50,7 @@ def run_evidence(
     Args:
         preset: What is measured.
         directory: Of the run; made, or gone on with.
-        only: Beginnings of part names; empty for all parts.
+        only: Beginnings of part names; empty for all parts. Bases that these wait for are made as well.
         workers: Processes at once, one CPU thread each; None for one per core.
         minutes: After which no further part starts; None for no limit.
         console: For lines of progress.
@@ -60,9 +60,14 @@ def run_evidence(
         Names of the parts that are left.
 
     Raises:
-        ValueError: The directory belongs to another preset, or `only` names no part.
+        ValueError: The directory belongs to another preset, `only` names no part, `workers` is below 1 or `minutes`
+            below 0.
     """
     started = time.perf_counter()
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}; leave it out for one per core")
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes must be 0 or above, got {minutes}; leave it out for no limit")
     parts = plan(preset, directory)
     unknown = [prefix for prefix in only if not any(part.name.startswith(prefix) for part in parts)]
     if unknown:
@@ -70,7 +75,9 @@ def run_evidence(
             f"only must be the beginning of a part's name, got {unknown[0]!r}; use for example {parts[0].name!r}"
         )
     record_run(preset, directory)
-    chosen = [part for part in parts if not only or part.name.startswith(only)]
+    named = [part for part in parts if not only or part.name.startswith(only)]
+    wanted = {name for part in named for name in (part.name, part.after)}
+    chosen = [part for part in parts if part.name in wanted]
     jobs = [job_of(part, directory) for part in chosen if not part_file(directory, part.name).is_file()]
     done = len(chosen) - len(jobs)
     console.print(f"evidence {preset} in [bold]{directory}[/]: {done} of {len(chosen)} parts done")

@@ -1,0 +1,149 @@
+"""How the evidence scores a policy: recall by age of eviction, worked by hand, and the states of real evictions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from pte.evidence import readings
+from pte.evidence.measurements import Label
+from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries, state_sizes, trace_blocks
+from pte.method.cache import EvictedTokens
+from pte.method.schedule import EvictionSchedule
+from pte.model.segment import folded_keys
+from pte.rollout import generate
+from pte.rollout.generate import RolloutEngine
+from pte.rollout.record import Rollout, RolloutRequest
+from pte.rollout.replay import expanded_first_state
+from pte.session import Session
+from pte.tasks.evaluate import EvaluatedCompletion
+from pte.tasks.problems import Problem
+from pte.tasks.task import TrainingProblem
+from short_runs import open_short
+
+LABEL = Label("forgetting", "recall", "pte_delta", "warm_start", 0, {"rank": 4})
+OPERATIONS = "key1 key2 key3 key4 key5 ask5 ask1 ask4 ask2"
+RIGHT = "key1 val1 key2 val2 key3 val3 key4 val4 key5 val5 ask5 val5 ask1 val1 ask4 val4 ask2 val2 <eos>"
+# Window 8, blocks of 2: before token 8 enters tokens 0 and 1 leave (eviction 0), before token 10 tokens 2 and 3
+# (eviction 1), before 12 tokens 4 and 5, before 14 tokens 6 and 7, before 16 tokens 8 and 9 (eviction 4).
+#   query  answer  predicted as enters  evictions by then  value at  leaves at eviction  evictions ago
+#   ask5     11            10                  2               9             4           still kept
+#   ask1     13            12                  3               1             0           3, octave 2
+#   ask4     15            14                  4               7             3           1
+#   ask2     17            16                  5               3             1           4
+SCHEDULE = EvictionSchedule(8, 2)
+AGES = [-2, 3, 1, 4]
+
+
+def completion(text: str) -> EvaluatedCompletion:
+    problem = Problem(id="one", problem=OPERATIONS, answer=OPERATIONS, source="recall/heldout")
+    rollout = Rollout((1,), (1,), torch.zeros(1), "stop", 0, 1.0, 0, 0.0)
+    return EvaluatedCompletion(problem, text, right=True, rollout=rollout)
+
+
+def by_age(*texts: str, schedule: EvictionSchedule = SCHEDULE) -> dict[object, tuple[int | None, int | None, float]]:
+    found = accuracy_by_age([completion(text) for text in texts], LABEL, schedule=schedule)
+    assert {one.metric for one in found} == {"accuracy"}
+    assert all(one.label.setting["rank"] == 4 for one in found), "further conditions stay"
+    return {one.label.setting["evictions_ago"]: (one.right, one.total, one.value) for one in found}
+
+
+def test_the_age_of_a_query_is_the_number_of_evictions_since_its_value_left() -> None:
+    assert scored_queries(completion(RIGHT), SCHEDULE) == [(True, age) for age in AGES]
+    wrong = RIGHT.replace("ask1 val1", "ask1 val9").replace("ask2 val2", "ask2 val9")
+    assert [right for right, _ in scored_queries(completion(wrong), SCHEDULE)] == [True, False, True, False]
+
+
+def test_accuracy_by_age_counts_right_answers_in_octaves_over_all_completions() -> None:
+    wrong = RIGHT.replace("ask1 val1", "ask1 val9")
+    assert by_age(RIGHT, wrong, wrong) == {0: (3, 3, 1.0), 1: (3, 3, 1.0), 2: (1, 3, 1 / 3), 4: (3, 3, 1.0)}
+    assert list(by_age(RIGHT)) == [0, 1, 2, 4], "ascending"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        RIGHT.replace("key2 val2 ", ""),
+        RIGHT.replace("ask5", "ask4"),
+        RIGHT.removesuffix(" <eos>") + " ask1 val1 <eos>",
+        RIGHT.replace("val", "key"),
+        # Always the same value needs no memory; it may stand in 3 of 5 facts.
+        " ".join("val1" if word.startswith("val") else word for word in RIGHT.split()),
+    ],
+)
+def test_a_completion_that_does_not_count_is_wrong_at_the_ages_that_a_right_one_would_have(text: str) -> None:
+    assert scored_queries(completion(text), SCHEDULE) == [(False, age) for age in AGES]
+    assert by_age(RIGHT, text) == {age: (1, 2, 0.5) for age in (0, 1, 2, 4)}
+
+
+def test_under_the_full_cache_every_value_is_still_kept() -> None:
+    assert by_age(RIGHT, schedule=EvictionSchedule(None)) == {0: (4, 4, 1.0)}
+
+
+def test_a_reading_scores_under_its_own_cache_whatever_the_session_has() -> None:
+    config, session = open_short(eval__problems=3, double=False, adapter__kind="lora")
+    for arm, evicts in (("lora_window", True), ("lora_full", False)):
+        label = replace(LABEL, arm=arm)
+        found = {one.metric: one for one in read(session, Reading(label, config))}
+        assert (found["evictions"].value > 0) == evicts
+        assert found["accuracy"].total == 3
+        assert found["accuracy"].right == round(3 * found["accuracy"].value)
+        assert all(one.label == label for one in found.values())
+    assert not session.policy.schedule.is_full, "the session keeps its own"
+
+
+def session_of_three(monkeypatch: pytest.MonkeyPatch, **changes: object) -> Session:
+    monkeypatch.setattr(readings, "STATE_PROBLEMS", 3)
+    return open_short(**changes)[1]
+
+
+def test_blocks_of_traces_are_what_the_rollout_engine_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of_three(monkeypatch)
+    task, policy = session.task, session.policy
+    problems = [task.training(index).problem for index in range(3)]
+    evicted: list[EvictedTokens] = []
+    fold = generate.fold
+
+    def noting(policy: object, state: Tensor, block: EvictedTokens) -> Tensor:
+        evicted.append(block)
+        return fold(policy, state, block)
+
+    monkeypatch.setattr(generate, "fold", noting)
+    engine = RolloutEngine(policy, slots=3, max_new_tokens=40, temperature=0.0, stop_token_ids=())
+    rollouts = engine.run([RolloutRequest(task.prompt_ids(problem), 0) for problem in problems])
+    texts = [task.tokenizer.decode(one.completion_ids, skip_special_tokens=False) for one in rollouts]
+    sampled = [TrainingProblem(problem, text) for problem, text in zip(problems, texts, strict=True)]
+    blocks = trace_blocks(replace(session, task=replace(task, training=lambda index: sampled[index])))
+    # 40 tokens and a window of 16, blocks of 4: evictions before tokens 16, 20 .. 36.
+    assert len(blocks) == len(evicted) == 6
+    for block, other in zip(blocks, evicted, strict=True):
+        assert torch.equal(block.positions, other.positions)
+        torch.testing.assert_close(block.keys, other.keys)
+        torch.testing.assert_close(block.values, other.values)
+
+
+@pytest.mark.parametrize("rule", ["paper", "read", "delta"])
+def test_state_sizes_are_those_of_folding_the_blocks_one_by_one_and_again(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readings, "STATE_EVICTIONS", 9)
+    session = session_of_three(monkeypatch, adapter__update_rule=rule)
+    policy = session.policy
+    adapter = policy.adapter
+    assert adapter is not None and adapter.encoder is not None
+    blocks = trace_blocks(session)
+    assert len(blocks) < 9, "the blocks come again"
+    state = expanded_first_state(policy, 3)
+    expected = {}
+    for eviction, block in enumerate(islice([*blocks, *blocks], 9), start=1):
+        state = adapter.encoder.fold(state, folded_keys(policy, block), block.values)
+        if eviction in (1, 2, 4, 8, 9):
+            for name, one in (("state_norm", state), ("read_norm", adapter.encoder.read(state))):
+                expected[name, eviction] = max(torch.linalg.matrix_norm(one).flatten().tolist())
+    found = {(one.metric, one.label.setting["evictions"]): one.value for one in state_sizes(session, LABEL)}
+    assert found == pytest.approx(expected, rel=1e-9)
