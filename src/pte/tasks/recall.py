@@ -11,12 +11,12 @@ behind a query must be that of the last fact with this key:
     trace   key7 val4 key3 val11 key12 val4 ask3 val11 ask7 val4 <eos>
 
 Without `max_age` all queries follow all facts. With it, queries come in between (a stream): each asks for a fact that
-was written at most `max_age` facts ago, each octave of ages about as often as another. With fewer keys than facts, keys are written
-again with new values.
+was written at most `max_age` facts ago, each octave of ages about as often as another. With fewer keys than facts,
+keys are written again with new values.
 
 Completions are sampled: a greedy policy has no choice to make. A policy that writes one value always would need no
 memory, so a completion is wrong where a value stands in more than n / 16 + 4 sqrt(n / 16) + 1 of its n facts: uniform
-draws break this less than once in 1000 completions (3 of 4 facts may agree, 16 of 128 on average do not: at most 20).
+draws break this less than once in 1000 completions (3 of 4 facts may agree, 6 of 16, 20 of 128).
 The rule does not see a policy whose values follow from the keys; compare `read_completion(...).facts` over problems.
 """
 
