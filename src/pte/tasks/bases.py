@@ -55,7 +55,7 @@ def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
     Copying the operations is learned in some hundred steps; that a query needs the value behind its key takes several
     times as long, the longer the more facts there are to choose from.
     """
-    most = next(most for until, most in ((0.4, 8), (0.5, 16), (0.6, 32), (0.75, 64), (1.0, 128)) if done < until)
+    most = next(most for until, most in ((0.3, 8), (0.4, 16), (0.55, 32), (0.75, 64), (1.0, 128)) if done < until)
     num_facts = rng.choice([number for number in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if number <= most])
     num_queries = min(num_facts, max(8, num_facts // 2))
     num_keys = rng.choice([number for number in (32, recall.MAX_KEYS) if number >= num_facts])
@@ -105,6 +105,7 @@ RECIPES: dict[str, BaseRecipe] = {
         settings=BaseSettings(
             steps=5000,
             peak_lr=3e-3,
+            prompt_gap=1000,
             size=BaseSize(
                 hidden_size=96,
                 intermediate_size=192,
