@@ -12,7 +12,7 @@ from pte.session import check_no_idle_fields
 from pte.tasks.base_training import build_tokenizer
 from pte.tasks.families import FAMILIES, joint_vocabulary
 from pte.tasks.generated import COMMON_TOKENS, Family, split_of
-from pte.tasks.task import Task, generated_task
+from pte.tasks.task import Task, generated_task, mixed_seed
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 
@@ -104,6 +104,10 @@ def test_the_families_of_a_mixture_take_turns_in_training_and_are_evaluated_apar
     task = mixture()
     sources = [task.training(position).problem.source for position in range(4)]
     assert sources == ["recall/train", "chained/train"] * 2
+    second_of_recall = FAMILIES["recall"].generate(2, seed=mixed_seed(0, 0), split="train", num_facts=4, num_queries=4)[
+        1
+    ]
+    assert task.training(2).trace == second_of_recall.trace, "no problem of a family is left out"
     assert {name: len(problems) for name, problems in task.evaluation.items()} == {"recall": 3, "chained": 3}
     alone = FAMILIES["recall"].generate(3, seed=0, split="heldout", num_facts=4, num_queries=4)
     assert [one.id for one in task.evaluation["recall"]] == [one.id for one in alone]

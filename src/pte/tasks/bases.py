@@ -49,12 +49,12 @@ class BaseRecipe:
 
 
 def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
-    """Recall of 2 to 8 facts at first, of up to 128 in the last third; from few keys and from all.
+    """Recall of 2 to 8 facts at first, of up to 128 in the last quarter; from few keys and from all.
 
     Copying the operations is learned in some hundred steps; that a query needs the value behind its key takes several
     times as long, the longer the more facts there are to choose from.
     """
-    most = next(most for until, most in ((0.4, 8), (0.5, 16), (0.6, 32), (0.7, 64), (1.0, 128)) if done < until)
+    most = next(most for until, most in ((0.3, 8), (0.4, 16), (0.55, 32), (0.75, 64), (1.0, 128)) if done < until)
     num_facts = rng.choice([number for number in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if number <= most])
     num_queries = min(num_facts, max(8, num_facts // 2))
     num_keys = rng.choice([number for number in (32, recall.MAX_KEYS) if number >= num_facts])
@@ -98,16 +98,17 @@ RECIPES: dict[str, BaseRecipe] = {
         families=("recall",),
         draw_batch=draw_recall,
         settings=BaseSettings(
-            steps=1600,
-            peak_lr=4e-3,
+            steps=5000,
+            peak_lr=3e-3,
+            prompt_gap=1000,
             size=BaseSize(
-                hidden_size=128,
-                intermediate_size=384,
+                hidden_size=96,
+                intermediate_size=192,
                 num_layers=2,
                 num_heads=4,
                 num_kv_heads=4,
-                rope_theta=1e5,
-                initializer_range=0.08,
+                rope_theta=1e6,
+                initializer_range=0.1,
             ),
         ),
         measured=tuple(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),

@@ -11,12 +11,12 @@ behind a query must be that of the last fact with this key:
     trace   key7 val4 key3 val11 key12 val4 ask3 val11 ask7 val4 <eos>
 
 Without `max_age` all queries follow all facts. With it, queries come in between (a stream): each asks for a fact that
-was written at most `max_age` facts ago, at any age in octaves alike. With fewer keys than facts, keys are written
-again with new values.
+was written at most `max_age` facts ago, each octave of ages about as often as another. With fewer keys than facts,
+keys are written again with new values.
 
 Completions are sampled: a greedy policy has no choice to make. A policy that writes one value always would need no
 memory, so a completion is wrong where a value stands in more than n / 16 + 4 sqrt(n / 16) + 1 of its n facts: uniform
-draws break this less than once in 1000 completions (3 of 4 facts may agree, 16 of 128 on average do not: at most 20).
+draws break this less than once in 1000 completions (3 of 4 facts may agree, 6 of 16, 20 of 128).
 The rule does not see a policy whose values follow from the keys; compare `read_completion(...).facts` over problems.
 """
 
@@ -25,7 +25,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from pte.tasks.generated import (
     COMMON_TOKENS,
@@ -47,8 +46,8 @@ ASKS = tuple(f"ask{index}" for index in range(MAX_KEYS))
 VALUES = tuple(f"val{index}" for index in range(NUM_VALUES))
 WRITTEN_BY_ASK = dict(zip(ASKS, KEYS, strict=True))
 TOKENS_PER_OPERATION = 2
-ORDER_TRIES = 50
-"""Draws of an operation before one is accepted that follows its predecessor elsewhere in the prompt."""
+QUERY_TRIES = 50
+"""Draws before a fact of a stream is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -231,26 +230,23 @@ def _draw_facts_then_queries(rng: random.Random, shape: _Shape) -> list[str]:
 
 
 def _draw_stream(rng: random.Random, shape: _Shape) -> list[str]:
-    """Facts with queries in between, evenly; no operation has the same predecessor twice, if it can be helped.
+    """Facts with queries in between, evenly; no fact is asked for twice, if it can be helped.
 
-    The policy copies operations from the prompt one by one: two operations in a row must say which one comes next.
+    The policy copies operations from the prompt one by one: an operation that occurs once says which one comes next.
     """
     assert shape.max_age is not None
     keys = _draw_keys(rng, shape)
     operations: list[str] = []
-    pairs: set[tuple[str, str]] = set()
-    asked = 0
+    asked: list[int] = []
     for written, key in enumerate(keys, start=1):
         operations.append(key)
-        while asked < shape.num_queries * written // shape.num_facts:
-            asked += 1
-            for _ in range(ORDER_TRIES):
-                age = _draw_age(rng, most=min(shape.max_age, written))
-                query = keys[written - age].replace("key", "ask")
-                if (operations[-1], query) not in pairs:
+        while len(asked) < shape.num_queries * written // shape.num_facts:
+            for _ in range(QUERY_TRIES):
+                fact = written - _draw_age(rng, most=min(shape.max_age, written))
+                if fact not in asked:
                     break
-            operations.append(query)
-        pairs.update(pairwise(operations[-3:]))
+            asked.append(fact)
+            operations.append(keys[fact].replace("key", "ask"))
     return operations
 
 
