@@ -75,7 +75,7 @@ def parse_answer(completion_text: str) -> str | None:
         completion_text: What the model wrote, without the prompt. Text after `<eos>` is ignored.
     """
     tokens = tokens_before_eos(completion_text)
-    if tokens.count(ANSWER_TOKEN) != 1:
+    if ANSWER_TOKEN not in tokens:
         return None
     digits = tokens[tokens.index(ANSWER_TOKEN) + 1 :]
     return " ".join(digits) if digits and all(digit in _DIGITS for digit in digits) else None
