@@ -1,7 +1,7 @@
 """Recipes of the bases that are rebuilt when they are needed: for each name its problems, its size, its training.
 
-Decides: on which shapes a base is trained and measured. The smallest that we found to solve its families under the
-full cache; docs/log.md has the attempts. A new base is one `BaseRecipe` here.
+Decides: on which shapes a base is trained and measured. Whether a base solves them under the full cache is in the
+`training.json` that `make_base` writes; docs/log.md has the attempts. A new base is one `BaseRecipe` here.
 """
 
 from __future__ import annotations
