@@ -21,7 +21,6 @@ from pte.tasks.base_training import (
     BaseSettings,
     BaseSize,
     build_tokenizer,
-    draw_positions,
     encode_batch,
     is_complete,
     measure_base,
@@ -101,15 +100,6 @@ def test_a_batch_is_prompts_with_their_traces_and_knows_where_reasoning_begins()
     token_ids, prompt_tokens = encode_batch(problems, tokenizer)
     assert tokenizer.decode(token_ids[1, :prompt_tokens]) == f"<bos> {problems[1].problem}"
     assert tokenizer.decode(token_ids[1, prompt_tokens:]) == problems[1].trace
-
-
-def test_positions_have_one_gap_after_the_prompt_from_none_to_the_largest() -> None:
-    token_ids = torch.zeros(400, 6)
-    assert draw_positions(random.Random(0), token_ids, prompt_tokens=2, prompt_gap=0) is None
-    positions = draw_positions(random.Random(0), token_ids, prompt_tokens=2, prompt_gap=7)
-    steps = positions.diff()
-    assert positions[:, :2].tolist() == [[0, 1]] * 400 and bool((steps[:, [0, 2, 3, 4]] == 1).all())
-    assert set(steps[:, 1].tolist()) == {1, 2, 3, 4, 5, 6, 7, 8}
 
 
 def test_problems_of_different_lengths_in_one_step_are_refused() -> None:

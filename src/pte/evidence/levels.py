@@ -175,7 +175,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         level("recall-16", recall, steps=200, base=bases / "recall"),
         level("recall-stream", stream_shape(16), steps=200, base=bases / "recall", compared=False),
         level("permutation", permutation, steps=200, base=bases / "permutation"),
-        level("multiplication", multiplication, steps=200, base=bases / "multiplication"),
+        level("multiplication", multiplication, steps=600, base=bases / "multiplication"),
         *(
             level(f"puzzles-{shape.kind}", shape, steps=200, base=bases / "puzzles", compared=False)
             for shape in (permutation, multiplication, mixture)

@@ -58,9 +58,6 @@ class BaseSettings:
     peak_lr: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
-    prompt_gap: int = 0
-    """Most positions between a prompt and its trace in training, 0 for none, octaves alike, drawn for each trace. With
-    a gap, a base cannot find tokens of the prompt by their distance, which would tie it to the trained lengths."""
     device: str = "cpu"
     size: BaseSize = field(default_factory=BaseSize)
 
@@ -156,9 +153,7 @@ def train_base(
             group["lr"] = settings.peak_lr * rise * fall
         token_ids, prompt_tokens = encode_batch(draw_batch(rng, step / settings.steps), tokenizer)
         token_ids = token_ids.to(settings.device)
-        positions = draw_positions(rng, token_ids, prompt_tokens=prompt_tokens, prompt_gap=settings.prompt_gap)
-        hidden = model.model(token_ids, position_ids=positions, use_cache=False).last_hidden_state
-        hidden = hidden[:, prompt_tokens - 1 : -1]
+        hidden = model.model(token_ids, use_cache=False).last_hidden_state[:, prompt_tokens - 1 : -1]
         logits, targets = model.lm_head(hidden).flatten(0, 1), token_ids[:, prompt_tokens:].flatten()
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
@@ -176,18 +171,6 @@ def train_base(
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return seconds
-
-
-def draw_positions(
-    rng: random.Random, token_ids: torch.Tensor, *, prompt_tokens: int, prompt_gap: int
-) -> torch.Tensor | None:
-    """Positions (batch, tokens) with a gap of 0 to `prompt_gap` after each prompt; None for the plain ones."""
-    if not prompt_gap:
-        return None
-    gaps = [int(2 ** rng.uniform(0, math.log2(prompt_gap + 2))) - 1 for _ in token_ids]
-    after_prompt = torch.arange(token_ids.shape[1]) >= prompt_tokens
-    positions = torch.arange(token_ids.shape[1]) + after_prompt * torch.tensor(gaps).unsqueeze(1)
-    return positions.to(token_ids.device)
 
 
 def encode_batch(problems: Sequence[GeneratedProblem], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, int]:

@@ -1,7 +1,7 @@
 """Recipes of the bases that are rebuilt when they are needed: for each name its problems, its size, its training.
 
-Decides: on which shapes a base is trained and measured. The smallest that we found to solve its families under the
-full cache; docs/log.md has the attempts. A new base is one `BaseRecipe` here.
+Decides: on which shapes a base is trained and measured. Whether a base solves them under the full cache is in the
+`training.json` that `make_base` writes; docs/log.md has the attempts. A new base is one `BaseRecipe` here.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from pte.tasks.generated import GeneratedProblem
 
 RECALL_FACTS = (4, 8, 16, 32, 64, 128)
 MEASURED_PROBLEMS = 256
+<<<<<<< HEAD
 TOKENS_PER_STEP = 3000
 PERMUTATION_MOVES = 3
 PERMUTATION_TOKENS_PER_STEP = 2500
+=======
+TOKENS_PER_STEP = 4000
+>>>>>>> tasks
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,12 @@ class BaseRecipe:
 
 
 def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
-    """Recall of 2 to 8 facts at first, of up to 128 in the last quarter; from few keys and from all.
+    """Recall of 2 to 8 facts at first, of up to 128 in the last 30 %; from few keys and from all.
 
     Copying the operations is learned in some hundred steps; that a query needs the value behind its key takes several
     times as long, the longer the more facts there are to choose from.
     """
-    most = next(most for until, most in ((0.3, 8), (0.4, 16), (0.55, 32), (0.75, 64), (1.0, 128)) if done < until)
+    most = next(most for until, most in ((0.25, 8), (0.35, 16), (0.5, 32), (0.7, 64), (1.0, 128)) if done < until)
     num_facts = rng.choice([number for number in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if number <= most])
     num_queries = min(num_facts, max(8, num_facts // 2))
     num_keys = rng.choice([number for number in (32, recall.MAX_KEYS) if number >= num_facts])
@@ -103,17 +107,16 @@ RECIPES: dict[str, BaseRecipe] = {
         families=("recall",),
         draw_batch=draw_recall,
         settings=BaseSettings(
-            steps=5000,
+            steps=3000,
             peak_lr=3e-3,
-            prompt_gap=1000,
             size=BaseSize(
-                hidden_size=96,
-                intermediate_size=192,
+                hidden_size=128,
+                intermediate_size=256,
                 num_layers=2,
                 num_heads=4,
                 num_kv_heads=4,
                 rope_theta=1e6,
-                initializer_range=0.1,
+                initializer_range=0.08,
             ),
         ),
         measured=tuple(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),
