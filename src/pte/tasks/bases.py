@@ -26,13 +26,9 @@ from pte.tasks.generated import GeneratedProblem
 
 RECALL_FACTS = (4, 8, 16, 32, 64, 128)
 MEASURED_PROBLEMS = 256
-<<<<<<< HEAD
-TOKENS_PER_STEP = 3000
+TOKENS_PER_STEP = 4000
 PERMUTATION_MOVES = 3
 PERMUTATION_TOKENS_PER_STEP = 2500
-=======
-TOKENS_PER_STEP = 4000
->>>>>>> tasks
 
 
 @dataclass(frozen=True)
