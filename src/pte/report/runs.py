@@ -9,6 +9,7 @@ Kinds: `train` (metrics.jsonl), `compare` (arms in directories of their own), `e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +177,7 @@ def read_evidence(path: str, record: Row, notes: list[str]) -> RecordedRun:
     """An evidence run: those of its parts that are there."""
     directory = Path(path)
     parts = []
-    for file in sorted((directory / "parts").glob("*.json")):
+    for file in sorted((directory / "parts").glob("*.json"), key=natural):
         content = read_object(file, notes)
         rows = content.get("measurements")
         if not isinstance(rows, list):
@@ -205,6 +206,12 @@ def read_evidence(path: str, record: Row, notes: list[str]) -> RecordedRun:
         notes.append(f"{path}: no part of this evidence run has been measured yet.")
     rollouts = {file.stem: read_rollouts(file, notes) for file in sorted((directory / "rollouts").glob("*.json"))}
     return RecordedRun(path, "evidence", record, parts=tuple(parts), rollouts=rollouts, notes=tuple(notes))
+
+
+def natural(file: Path) -> list[tuple[int, str]]:
+    """Sorts names with numbers by the numbers: 4 before 16."""
+    words = re.split(r"(\d+)", file.stem)
+    return [(int(word), "") if word.isdigit() else (0, word) for word in words]
 
 
 def read_object(path: Path, notes: list[str], *, otherwise: str = "what it would say is left out") -> Row:
