@@ -218,13 +218,14 @@ class TaskConfig:
     num_names: int | None = None
     """Chained: variable names to draw from; unset for all 60."""
     num_facts: int = 16
-    """Recall: facts that the policy writes; the trace has two tokens for each fact and each query, plus one."""
+    """Recall: facts that the policy writes; the trace has a token for each, two for each query, and an end token."""
     num_queries: int = 8
     """Recall: facts that it is asked for."""
     num_keys: int = 128
-    """Recall: keys to draw from; fewer than num_facts are written again with new values."""
+    """Recall: keys that follow each other; in a stream they are written again and again."""
     max_age: int | None = None
-    """Recall: each query asks for one of the last max_age facts, in between; unset for all queries at the end."""
+    """Recall: makes a stream of facts with a query about one of the last max_age after every second; unset for all
+    queries at the end."""
     num_reveals: int = 4
     """Permutation: how often the trace writes the running permutation, the answer included."""
     steps_per_reveal: int = 6

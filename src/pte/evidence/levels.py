@@ -28,10 +28,9 @@ ROOM_TOKENS = 8
 BASES = "bases"
 LOOKED_AT = 16
 """Problems whose traces say how long a completion may be."""
-STREAM_KEYS = 64
-STREAM_AGE = 48
-STREAM_TOKENS_PER_FACT = 3
-"""Two for the fact, and a query of two for every other fact."""
+STREAM_AGE = 72
+STREAM_TOKENS_PER_FACT = 2
+"""One for the fact, and a query of two for every other fact."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ def chained_level(statements: int, *, steps: int = 200) -> Level:
 
 
 def stream_shape(windows: int) -> TaskConfig:
-    """Facts with a query after every other one; keys are written again and again."""
+    """Facts with a query after every other one; keys are written again after 128 facts."""
     facts = windows * WINDOW.window_tokens // STREAM_TOKENS_PER_FACT
-    return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, num_keys=STREAM_KEYS, max_age=STREAM_AGE)
+    return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, max_age=STREAM_AGE)
 
 
 def with_grpo(level: Level) -> ExperimentConfig:
@@ -162,7 +161,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         directory: Of the run, which holds the bases.
     """
     bases = directory / BASES
-    recall = TaskConfig(kind="recall", num_facts=16, num_queries=8, num_keys=64)
+    recall = TaskConfig(kind="recall", num_facts=32, num_queries=16)
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
     mixture = TaskConfig(kind="mixture", mixture=("permutation", "multiplication"))
@@ -172,7 +171,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         chained_level(6),
         chained_level(12),
         replace(rl, config=with_grpo(rl)),
-        level("recall-16", recall, steps=200, base=bases / "recall"),
+        level("recall-32", recall, steps=200, base=bases / "recall"),
         level("recall-stream", stream_shape(16), steps=200, base=bases / "recall", compared=False),
         level("permutation", permutation, steps=200, base=bases / "permutation"),
         level("multiplication", multiplication, steps=600, base=bases / "multiplication"),

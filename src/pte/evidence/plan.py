@@ -46,7 +46,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     """
     levels = levels_of(directory)
     if preset == "quick":
-        chosen = [levels["chained-8w"], levels["recall-16"]]
+        chosen = [levels["chained-8w"], levels["recall-32"]]
         quick: list[Part] = []
         for one in chosen:
             quick += [*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0)]
@@ -57,7 +57,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
         for level in compared:
             parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
-        parts += capacity_parts(levels["recall-16"], seed=seed)
+        parts += capacity_parts(levels["recall-32"], seed=seed)
         parts += stream_parts(levels["recall-stream"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
         parts += transfer_parts(levels, seed=seed)

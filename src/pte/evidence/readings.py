@@ -23,7 +23,7 @@ from pte.rollout.replay import expanded_first_state
 from pte.rollout.walk import Walk, run_stretch, segment_states
 from pte.session import Session, eviction_policy, open_task
 from pte.tasks.evaluate import evaluate_session
-from pte.tasks.recall import VALUES, read_completion
+from pte.tasks.recall import read_completion
 from pte.tasks.rollouts_file import ROLLOUTS, write_rollouts
 
 if TYPE_CHECKING:
@@ -82,9 +82,10 @@ def read(session: Session, reading: Reading) -> list[Measurement]:
     if reading.kind == "age":
         return accuracy_by_age(completions, reading.label, schedule=config.cache.schedule)
     if reading.kind == "queries":
-        asked = [right for one in completions for right, _ in scored_queries(one, config.cache.schedule)]
-        value = sum(asked) / len(asked)
-        return [Measurement(reading.label, "accuracy", value, right=sum(asked), total=len(asked))]
+        found = [read_completion(one.text, one.problem.answer) for one in completions]
+        total = sum(one.expected_queries for one in found)
+        right = round(sum(one.fraction_right * one.expected_queries for one in found))
+        return [Measurement(reading.label, "accuracy", right / total, right=right, total=total)]
     total = evaluation.problems * evaluation.samples_per_problem
     right = round(evaluation.accuracy * total)
     return [
@@ -125,25 +126,19 @@ def accuracy_by_age(
 
 
 def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) -> list[tuple[bool, int]]:
-    """For every query of a recall problem, whether it is right and how many evictions ago its value left.
+    """For every query that a completion answers, whether it is right and how many evictions ago its fact left.
 
-    The value with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
-    q - 1 enters. Where a completion does not carry out the operations, or its values do not vary, every query is wrong,
-    as in `fraction_right`.
+    The fact with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
+    q - 1 enters. Where values do not vary, every query is wrong, as in `fraction_right`.
     """
-    operations = completion.problem.answer
-    found = read_completion(completion.text, operations)
-    laid_out = found or read_completion(
-        " ".join(f"{operation} {VALUES[0]}" for operation in operations.split()), operations
-    )
-    assert laid_out is not None
+    found = read_completion(completion.text, completion.problem.answer)
     block = schedule.evict_tokens
     return [
         (
-            found is not None and found.values_vary and query.right,
+            found.values_vary and query.right,
             0 if block is None else schedule.evictions_before(query.query_token - 1) - query.fact_token // block,
         )
-        for query in laid_out.queries
+        for query in found.queries
     ]
 
 

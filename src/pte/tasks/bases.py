@@ -27,6 +27,8 @@ from pte.tasks.generated import GeneratedProblem
 RECALL_FACTS = (4, 8, 16, 32, 64, 128)
 MEASURED_PROBLEMS = 256
 TOKENS_PER_STEP = 4000
+STREAM_AGE = 72
+"""Facts that a query of a stream may be away."""
 PERMUTATION_MOVES = 3
 PERMUTATION_TOKENS_PER_STEP = 2500
 
@@ -49,22 +51,22 @@ class BaseRecipe:
 
 
 def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
-    """Recall of 2 to 8 facts at first, of up to 128 in the last 30 %; from few keys and from all.
-
-    Copying the operations is learned in some hundred steps; that a query needs the value behind its key takes several
-    times as long, the longer the more facts there are to choose from.
-    """
-    most = next(most for until, most in ((0.25, 8), (0.35, 16), (0.5, 32), (0.7, 64), (1.0, 128)) if done < until)
-    num_facts = rng.choice([number for number in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128) if number <= most])
-    num_queries = min(num_facts, max(8, num_facts // 2))
-    num_keys = rng.choice([number for number in (32, recall.MAX_KEYS) if number >= num_facts])
+    """Lists of 4 to 8 facts at first, of up to 128 in the last half, and streams from a quarter on."""
+    most = next(most for until, most in ((0.1, 8), (0.2, 16), (0.3, 32), (0.5, 64), (1.0, 128)) if done < until)
+    max_age: int | None = None
+    if done > 0.25 and rng.random() < 0.4:
+        num_facts, max_age = rng.choice([number for number in (16, 32, 64, 128) if number <= most]), STREAM_AGE
+        num_queries = num_facts // recall.FACTS_PER_QUERY
+    else:
+        num_facts = rng.choice([number for number in RECALL_FACTS if number <= most])
+        num_queries = min(num_facts, 16)
     return recall.generate_problems(
-        max(4, TOKENS_PER_STEP // (3 * (num_facts + num_queries))),
+        max(4, TOKENS_PER_STEP // (num_facts + 3 * num_queries)),
         seed=rng.getrandbits(48),
         split="train",
         num_facts=num_facts,
         num_queries=num_queries,
-        num_keys=num_keys,
+        max_age=max_age,
     )
 
 
@@ -103,19 +105,12 @@ RECIPES: dict[str, BaseRecipe] = {
         families=("recall",),
         draw_batch=draw_recall,
         settings=BaseSettings(
-            steps=3000,
-            peak_lr=3e-3,
-            size=BaseSize(
-                hidden_size=128,
-                intermediate_size=256,
-                num_layers=2,
-                num_heads=4,
-                num_kv_heads=4,
-                rope_theta=1e6,
-                initializer_range=0.08,
-            ),
+            steps=1500, peak_lr=3e-3, size=BaseSize(rope_theta=1e6, initializer_range=0.06, intermediate_size=256)
         ),
-        measured=tuple(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),
+        measured=(
+            *(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),
+            ("recall", {"num_facts": 64, "num_queries": 32, "max_age": STREAM_AGE}),
+        ),
     ),
     "permutation": BaseRecipe(
         families=("permutation",),

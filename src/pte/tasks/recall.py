@@ -3,21 +3,23 @@
 Decides what a problem looks like, which completions are right, and how each query is scored alone.
 Plain Python: knows no tensors, no tokenizer and no model. Every token is a word between spaces.
 
-A prompt lists operations: `key7` writes a fact, `ask7` asks for it. The reasoning carries them out in this order, two
-tokens each: an operation is repeated, then comes a value. The value of a fact is the policy's own choice; the value
-behind a query must be that of the last fact with this key:
+A prompt names the first and the last key and lists queries. The reasoning writes a fact for each key from the first to
+the last, one token that joins key and value; the value is the policy's own choice. Then it repeats each query and
+answers with the fact:
 
-    prompt  <bos> key7 key3 key12 ask3 ask7
-    trace   key7 val4 key3 val11 key12 val4 ask3 val11 ask7 val4 <eos>
+    prompt  <bos> key17 key20 ? ask19 ask17
+    trace   key17=4 key18=0 key19=6 key20=4 ask19 key19=6 ask17 key17=4 <eos>
 
-Without `max_age` all queries follow all facts. With it, queries come in between (a stream): each asks for a fact that
-was written at most `max_age` facts ago, each octave of ages about as often as another. With fewer keys than facts,
-keys are written again with new values.
+With `max_age` the problem is a stream, which has no end of its own: two facts, then a query of the policy's own choice
+about one of the last `max_age` facts, and so on; after the last key comes the first one again, with a new value:
+
+    prompt  <bos> key17 ...
+    trace   key17=4 key18=0 ask17 key17=4 key19=6 key20=4 ask19 key19=6 ...
 
 Completions are sampled: a greedy policy has no choice to make. A policy that writes one value always would need no
-memory, so a completion is wrong where a value stands in more than n / 16 + 4 sqrt(n / 16) + 1 of its n facts: uniform
-draws break this less than once in 1000 completions (3 of 4 facts may agree, 6 of 16, 20 of 128).
-The rule does not see a policy whose values follow from the keys; compare `read_completion(...).facts` over problems.
+memory, so a completion is wrong where a value stands in more than n / 8 + 4 sqrt(n / 8) + 1 of its n facts: uniform
+draws break this less than once in 1000 completions. The rule does not see a policy whose values follow from the keys;
+compare `read_completion(...).facts` over problems.
 """
 
 import math
@@ -27,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pte.tasks.generated import (
+    ASK_TOKEN,
     COMMON_TOKENS,
     EOS_TOKEN,
     Family,
@@ -39,15 +42,14 @@ from pte.tasks.generated import (
     tokens_before_eos,
 )
 
-NUM_VALUES = 16
+NUM_VALUES = 8
 MAX_KEYS = 128
+STREAM_TOKEN = "..."
 KEYS = tuple(f"key{index}" for index in range(MAX_KEYS))
 ASKS = tuple(f"ask{index}" for index in range(MAX_KEYS))
-VALUES = tuple(f"val{index}" for index in range(NUM_VALUES))
-WRITTEN_BY_ASK = dict(zip(ASKS, KEYS, strict=True))
-TOKENS_PER_OPERATION = 2
-QUERY_TRIES = 50
-"""Draws before a fact of a stream is asked for again."""
+FACTS = tuple(f"{key}={value}" for key in KEYS for value in range(NUM_VALUES))
+FACTS_PER_QUERY = 2
+"""Of a stream."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class ScoredQuery:
 
     Args:
         key: The key asked for.
-        fact_token: Index of the reasoning token that holds the value of the fact, the newest of its key.
+        fact_token: Index of the reasoning token that is the fact, the newest of its key.
         query_token: Index of the reasoning token that should repeat it.
         facts_since: Facts written after it, up to the query.
-        right: Whether the two values agree.
+        right: Whether the answer is the fact.
     """
 
     key: str
@@ -71,17 +73,24 @@ class ScoredQuery:
 
 @dataclass(frozen=True)
 class ReadCompletion:
-    """A completion that carries out a problem's operations in their order, each with a value.
+    """What a completion holds, up to the first token that is out of place.
 
     Args:
         facts: (key, value) in the order written.
-        queries: Every query, in order.
+        queries: Every query that was answered, in order.
+        expected_queries: As many as a whole completion has.
         values_vary: Whether no value stands in more facts than uniform draws would have it in.
     """
 
     facts: tuple[tuple[str, str], ...]
     queries: tuple[ScoredQuery, ...]
+    expected_queries: int
     values_vary: bool
+
+    @property
+    def fraction_right(self) -> float:
+        """Share of the expected queries that are right; 0.0 where values do not vary."""
+        return sum(query.right for query in self.queries) / self.expected_queries if self.values_vary else 0.0
 
 
 @dataclass(frozen=True)
@@ -106,65 +115,69 @@ def generate_problems(
 ) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
-    A completion has two tokens for each fact and each query, and `<eos>`. The answer of a problem is its list of
-    operations, which a completion must carry out.
+    A completion has one token for each fact and two for each query, and `<eos>`. Streams of one first key share a
+    prompt and are in both splits: what is new in a completion is what the policy chooses.
 
     Args:
         count: How many problems, 0 or more.
         seed: Seed of the draw, 0 or more.
-        split: "train" or "heldout"; the prompt's text decides which one it is in.
-        num_facts: Facts to write.
+        split: "train" or "heldout"; the prompt's text decides which one it is in, but for streams.
+        num_facts: Facts to write; of a stream, twice the queries.
         num_queries: Queries. Without `max_age` each asks for another key, so at most as many as there are facts.
-        num_keys: Keys that problems draw from, the first ones of the pool. With fewer than `num_facts`, keys are
-            written again, after all others have been.
-        max_age: A query asks for one of the last `max_age` facts, in between; None for all queries after all facts.
+        num_keys: Keys that follow each other, the first ones of the pool; after the last comes the first again.
+        max_age: Makes a stream, in which a query asks for one of the last `max_age` facts.
 
     Raises:
         ValueError: An argument is out of range.
     """
     check_draw(count, seed=seed, split=split)
     shape = _checked_shape(num_facts, num_queries, num_keys, max_age)
-    drawn = _draw_problems(random.Random(seed), shape=shape, split=split)
+    rng = random.Random(f"{seed}/{split}")
+    drawn = _draw_streams(rng, shape) if shape.max_age else _draw_lists(rng, shape=shape, split=split)
     return [next(drawn) for _ in range(count)]
 
 
-def read_completion(completion_text: str, operations: str) -> ReadCompletion | None:
-    """A completion's facts and queries, or None where it does not carry out the operations in order.
+def read_completion(completion_text: str, answer: str) -> ReadCompletion:
+    """A completion's facts and queries.
 
     Args:
         completion_text: What the model wrote, without the prompt. Text after `<eos>` is ignored.
-        operations: `GeneratedProblem.answer`.
+        answer: `GeneratedProblem.answer`.
     """
-    tokens, asked = tokens_before_eos(completion_text), operations.split()
-    if tokens[::2] != asked or len(tokens) != 2 * len(asked) or not set(tokens[1::2]) <= set(VALUES):
-        return None
+    tokens, layout = tokens_before_eos(completion_text), _Layout(answer)
     facts: list[tuple[str, str]] = []
     newest: dict[str, int] = {}
     fact_tokens: list[int] = []
     queries: list[ScoredQuery] = []
-    for index, (operation, value) in enumerate(zip(asked, tokens[1::2], strict=True)):
-        token = TOKENS_PER_OPERATION * index + 1
-        key = WRITTEN_BY_ASK.get(operation)
-        if key is None:
-            newest[operation] = len(facts)
-            facts.append((operation, value))
-            fact_tokens.append(token)
+    asked: str | None = None
+    for index, (token, expected) in enumerate(zip(tokens, layout.expected(), strict=False)):
+        key, _, value = token.partition("=")
+        if expected == "answer":
+            assert asked is not None
+            fact = newest[asked]
+            since = len(facts) - 1 - fact
+            right = token == "=".join(facts[fact]) and since < layout.max_age
+            queries.append(ScoredQuery(asked, fact_tokens[fact], index, since, right))
+        elif token in ASKS and (expected == "ask" or token == expected):
+            asked = KEYS[ASKS.index(token)]
+            if asked not in newest:
+                break
+        elif key == expected and value:
+            newest[key] = len(facts)
+            facts.append((key, value))
+            fact_tokens.append(index)
         else:
-            fact = newest[key]
-            queries.append(
-                ScoredQuery(
-                    key=key,
-                    fact_token=fact_tokens[fact],
-                    query_token=token,
-                    facts_since=len(facts) - 1 - fact,
-                    right=value == facts[fact][1],
-                )
-            )
-    return ReadCompletion(tuple(facts), tuple(queries), values_vary=_values_vary([value for _, value in facts]))
+            break
+    return ReadCompletion(
+        tuple(facts),
+        tuple(queries),
+        expected_queries=layout.num_queries,
+        values_vary=_values_vary([value for _, value in facts]),
+    )
 
 
 def all_right(completions: Sequence[str], answer: Sequence[str], **ignored: object) -> list[float]:
-    """1.0 where every operation is carried out in order, every query is right and the values vary, else 0.0.
+    """1.0 where every expected query is answered and right and the values vary, else 0.0.
 
     Args:
         completions: What the model wrote, without the prompts.
@@ -175,7 +188,7 @@ def all_right(completions: Sequence[str], answer: Sequence[str], **ignored: obje
 
 
 def fraction_right(completions: Sequence[str], answer: Sequence[str], **ignored: object) -> list[float]:
-    """The share of the queries that are right; 0.0 where operations are not carried out in order or values do not vary.
+    """The share of the expected queries that are right; 0.0 where values do not vary.
 
     A reward for GRPO: `task.reward = "pte.tasks.recall:fraction_right"`.
 
@@ -184,17 +197,12 @@ def fraction_right(completions: Sequence[str], answer: Sequence[str], **ignored:
         answer: `GeneratedProblem.answer`, one for each completion.
         ignored: The rest of a reward's arguments.
     """
-    shares = []
-    for completion, operations in zip(completions, answer, strict=True):
-        read = read_completion(completion, operations)
-        counts = read is not None and read.values_vary
-        shares.append(sum(query.right for query in read.queries) / len(read.queries) if read and counts else 0.0)
-    return shares
+    return [read_completion(*pair).fraction_right for pair in zip(completions, answer, strict=True)]
 
 
 def vocabulary() -> list[str]:
     """Every token of the task, in the order of its ids; independent of shape and split."""
-    return [*COMMON_TOKENS, *VALUES, *KEYS, *ASKS]
+    return [*COMMON_TOKENS, STREAM_TOKEN, *KEYS, *ASKS, *FACTS]
 
 
 def most_of_one_value(num_facts: int) -> int:
@@ -203,51 +211,75 @@ def most_of_one_value(num_facts: int) -> int:
     return math.floor(expected + 4 * math.sqrt(expected) + 1)
 
 
+class _Layout:
+    """What each token of a completion must be, from a problem's answer: `FIRST NUM_KEYS NUM_FACTS AGE ASK ASK ...`."""
+
+    def __init__(self, answer: str) -> None:
+        first, num_keys, num_facts, max_age, *self.asks = answer.split()
+        self.first, self.num_keys, self.num_facts = KEYS.index(first), int(num_keys), int(num_facts)
+        self.max_age = int(max_age) if int(max_age) else self.num_facts
+        self.is_stream = not self.asks
+
+    @property
+    def num_queries(self) -> int:
+        """Of a whole completion."""
+        return self.num_facts // FACTS_PER_QUERY if self.is_stream else len(self.asks)
+
+    def key(self, fact: int) -> str:
+        """The key of a fact, from 0."""
+        return KEYS[(self.first + fact) % self.num_keys]
+
+    def expected(self) -> Iterator[str]:
+        """For each token the key of a fact, a query, "ask" for any query, or "answer"."""
+        for fact in range(self.num_facts):
+            yield self.key(fact)
+            if self.is_stream and (fact + 1) % FACTS_PER_QUERY == 0:
+                yield from ("ask", "answer")
+        for ask in self.asks:
+            yield from (ask, "answer")
+
+
 def _values_vary(values: Sequence[str]) -> bool:
-    return max(Counter(values).values()) <= most_of_one_value(len(values))
+    return max(Counter(values).values(), default=0) <= most_of_one_value(len(values))
 
 
-def _draw_problems(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
-    """Endless problems of one split: draws until the hash of the text falls into it."""
+def _draw_lists(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
+    """Facts, then queries: endless problems of one split, until the hash of the text falls into it."""
     while True:
-        operations = _draw_stream(rng, shape) if shape.max_age else _draw_facts_then_queries(rng, shape)
-        problem = " ".join(operations)
+        first = rng.randrange(shape.num_keys)
+        keys = [KEYS[(first + fact) % shape.num_keys] for fact in range(shape.num_facts)]
+        asked = rng.sample(keys, shape.num_queries)
+        asks = [key.replace("key", "ask") for key in asked]
+        problem = " ".join((keys[0], keys[-1], ASK_TOKEN, *asks))
         if split_of(problem) != split:
             continue
-        values: dict[str, str] = {}
-        trace = []
-        for operation in operations:
-            if operation not in WRITTEN_BY_ASK:
-                values[operation] = rng.choice(VALUES)
-            trace.append(f"{operation} {values[WRITTEN_BY_ASK.get(operation, operation)]}")
-        yield named_problem("recall", problem=problem, answer=problem, trace=" ".join((*trace, EOS_TOKEN)))
+        facts = {key: f"{key}={rng.randrange(NUM_VALUES)}" for key in keys}
+        answers = [word for ask, key in zip(asks, asked, strict=True) for word in (ask, facts[key])]
+        layout = " ".join((keys[0], str(shape.num_keys), str(shape.num_facts), "0", *asks))
+        trace = " ".join((*facts.values(), *answers, EOS_TOKEN))
+        yield named_problem("recall", problem=problem, answer=layout, trace=trace)
 
 
-def _draw_facts_then_queries(rng: random.Random, shape: _Shape) -> list[str]:
-    keys = _draw_keys(rng, shape)
-    asked = rng.sample(sorted(set(keys)), shape.num_queries)
-    return [*keys, *(key.replace("key", "ask") for key in asked)]
-
-
-def _draw_stream(rng: random.Random, shape: _Shape) -> list[str]:
-    """Facts with queries in between, evenly; no fact is asked for twice, if it can be helped.
-
-    The policy copies operations from the prompt one by one: an operation that occurs once says which one comes next.
-    """
+def _draw_streams(rng: random.Random, shape: _Shape) -> Iterator[GeneratedProblem]:
+    """Endless streams; ages of the queries are drawn from each octave alike."""
     assert shape.max_age is not None
-    keys = _draw_keys(rng, shape)
-    operations: list[str] = []
-    asked: list[int] = []
-    for written, key in enumerate(keys, start=1):
-        operations.append(key)
-        while len(asked) < shape.num_queries * written // shape.num_facts:
-            for _ in range(QUERY_TRIES):
-                fact = written - _draw_age(rng, most=min(shape.max_age, written))
-                if fact not in asked:
-                    break
-            asked.append(fact)
-            operations.append(keys[fact].replace("key", "ask"))
-    return operations
+    while True:
+        first = rng.randrange(shape.num_keys)
+        facts: list[str] = []
+        trace: list[str] = []
+        for fact in range(shape.num_facts):
+            key = KEYS[(first + fact) % shape.num_keys]
+            facts.append(f"{key}={rng.randrange(NUM_VALUES)}")
+            trace.append(facts[-1])
+            if len(facts) % FACTS_PER_QUERY == 0:
+                asked = facts[-_draw_age(rng, most=min(shape.max_age, len(facts)))]
+                trace += [asked.partition("=")[0].replace("key", "ask"), asked]
+        yield named_problem(
+            "recall",
+            problem=f"{KEYS[first]} {STREAM_TOKEN}",
+            answer=f"{KEYS[first]} {shape.num_keys} {shape.num_facts} {shape.max_age}",
+            trace=" ".join(trace),
+        )
 
 
 def _draw_age(rng: random.Random, *, most: int) -> int:
@@ -255,29 +287,24 @@ def _draw_age(rng: random.Random, *, most: int) -> int:
     return min(most, int(2 ** rng.uniform(0, math.log2(most + 1))))
 
 
-def _draw_keys(rng: random.Random, shape: _Shape) -> list[str]:
-    """The keys of the facts: rounds over the pool, each in an order of its own."""
-    keys: list[str] = []
-    while len(keys) < shape.num_facts:
-        keys += rng.sample(KEYS[: shape.num_keys], min(shape.num_keys, shape.num_facts - len(keys)))
-    return keys
-
-
 def _checked_shape(num_facts: int, num_queries: int, num_keys: int, max_age: int | None) -> _Shape:
     """The shape, or a ValueError that names the parameter, the rule, the value and a remedy."""
     require_shape(num_facts >= 1, "num_facts", rule="be at least 1", value=num_facts, remedy="16")
     rule = f"be from 2 to {MAX_KEYS} (the keys of the vocabulary)"
     require_shape(2 <= num_keys <= MAX_KEYS, "num_keys", rule=rule, value=num_keys, remedy=str(MAX_KEYS))
-    require_shape(
-        max_age is None or 1 <= max_age <= num_keys,
-        "max_age",
-        rule=f"be from 1 to num_keys ({num_keys}; an older fact may be overwritten)",
-        value=max_age,
-        remedy=f"{num_keys} or less, or None for all queries at the end",
-    )
-    most = min(num_facts, num_keys) if max_age is None else num_facts
-    rule = f"be from 1 to {most} (each key is asked for once)" if max_age is None else f"be from 1 to {most}"
-    require_shape(1 <= num_queries <= most, "num_queries", rule=rule, value=num_queries, remedy=f"{most} or fewer")
+    if max_age is None:
+        rule = f"be at most num_keys ({num_keys}; every key is written once)"
+        require_shape(num_facts <= num_keys, "num_facts", rule=rule, value=num_facts, remedy=str(num_keys))
+        rule = f"be from 1 to {num_facts} (each key is asked for once)"
+        require_shape(
+            1 <= num_queries <= num_facts, "num_queries", rule=rule, value=num_queries, remedy=f"{num_facts} or fewer"
+        )
+    else:
+        rule = f"be from 1 to num_keys ({num_keys}; an older fact is overwritten)"
+        require_shape(1 <= max_age <= num_keys, "max_age", rule=rule, value=max_age, remedy=f"{num_keys} or less")
+        rule = f"be num_facts / {FACTS_PER_QUERY} ({num_facts} / {FACTS_PER_QUERY}) in a stream"
+        holds = num_facts == FACTS_PER_QUERY * num_queries
+        require_shape(holds, "num_queries", rule=rule, value=num_queries, remedy=f"{num_facts // FACTS_PER_QUERY}")
     return _Shape(num_facts, num_queries, num_keys, max_age)
 
 

@@ -59,6 +59,7 @@ class Task:
         template: How a problem becomes a prompt.
         instruction: Appended to a problem, or None.
         num_training: Positions of the order after which problems repeat or no longer differ in length.
+        ends_traces: Whether a trace without an end token gets one; generated traces are as they should be.
         more_stop_token_ids: Tokens that end a completion beside the tokenizer's end token.
     """
 
@@ -70,6 +71,7 @@ class Task:
     template: PromptTemplate
     instruction: str | None
     num_training: int
+    ends_traces: bool = True
     more_stop_token_ids: tuple[int, ...] = ()
 
     @property
@@ -101,9 +103,10 @@ class Task:
         return max((self.prompt_ids(self.training(position).problem) for position in range(self.num_training)), key=len)
 
     def completion_ids(self, trace: str) -> tuple[int, ...]:
-        """A right completion as token ids, ended by the end token."""
+        """A right completion as token ids, ended by the end token if the task ends its traces."""
         ids = tuple(self.tokenizer.encode(trace, add_special_tokens=False))
-        return ids if ids and ids[-1] in self.stop_token_ids else (*ids, self.stop_token_ids[0])
+        ended = not self.ends_traces or (ids and ids[-1] in self.stop_token_ids)
+        return ids if ended else (*ids, self.stop_token_ids[0])
 
     @staticmethod
     def columns(problems: Sequence[Problem]) -> dict[str, list[str]]:
@@ -167,6 +170,7 @@ def generated_task(
         evaluation=evaluation,
         reward=accuracy if reward == "exact" else load_reward(reward),
         accuracy=accuracy,
+        ends_traces=False,
         template="raw",
         instruction=None,
         num_training=GENERATED_LOOKED_AT * len(names),
