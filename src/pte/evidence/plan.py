@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from pte.config import CacheConfig, ExperimentConfig, RunConfig
+from pte.config_stages import GradientMode
 from pte.evidence.levels import Level, levels_of
 from pte.evidence.measurements import Label, StageName
 from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
@@ -211,7 +212,7 @@ ADAPTER_FACTORS: dict[str, dict[str, dict[str, object]]] = {
     "adapted layers": {"first": {"layers": (0,)}, "middle": {"layers": (1,)}, "last": {"layers": (2,)}},
     "keys": {"after rotary": {"key_space": "post_rotary"}},
 }
-GRADIENT_MODES: tuple[tuple[str, Literal["exact", "horizon"], int], ...] = (
+GRADIENT_MODES: tuple[tuple[str, GradientMode, int], ...] = (
     ("exact", "exact", 1),
     ("horizon 1", "horizon", 1),
     ("horizon 4", "horizon", 4),
@@ -262,7 +263,8 @@ def cost_parts(level: Level) -> Iterator[CostPart]:
     for arm in COST_ARMS:
         about = Label("cost", level.task, arm)
         yield CostPart(f"cost-{arm}", about, config, lengths=MEMORY_TOKENS, after=level.base)
-    for value, mode, horizon in (("reference", "chain", 1), *GRADIENT_MODES):
+    reference: tuple[str, GradientMode, int] = ("reference", "chain", 1)
+    for value, mode, horizon in (reference, *GRADIENT_MODES):
         setting = {"factor": "reference" if value == "reference" else "gradient_mode", "value": value}
         about = Label("ablation", level.task, "pte_delta", "warm_start", setting=setting)
         train = replace(config.train, gradient_mode=mode, horizon=horizon)
