@@ -26,21 +26,21 @@ from pte.tasks.task import TrainingProblem
 from short_runs import open_short
 
 LABEL = Label("forgetting", "recall", "pte_delta", "warm_start", 0, {"rank": 4})
-OPERATIONS = "key1 key2 key3 key4 key5 ask5 ask1 ask4 ask2"
-RIGHT = "key1 val1 key2 val2 key3 val3 key4 val4 key5 val5 ask5 val5 ask1 val1 ask4 val4 ask2 val2 <eos>"
-# Window 8, blocks of 2: before token 8 enters tokens 0 and 1 leave (eviction 0), before token 10 tokens 2 and 3
-# (eviction 1), before 12 tokens 4 and 5, before 14 tokens 6 and 7, before 16 tokens 8 and 9 (eviction 4).
-#   query  answer  predicted as enters  evictions by then  value at  leaves at eviction  evictions ago
-#   ask5     11            10                  2               9             4           still kept
-#   ask1     13            12                  3               1             0           3, octave 2
-#   ask4     15            14                  4               7             3           1
-#   ask2     17            16                  5               3             1           4
-SCHEDULE = EvictionSchedule(8, 2)
-AGES = [-2, 3, 1, 4]
+ANSWER = "key1 128 5 0 ask5 ask3 ask1 ask2"
+RIGHT = "key1=1 key2=2 key3=3 key4=4 key5=5 ask5 key5=5 ask3 key3=3 ask1 key1=1 ask2 key2=2 <eos>"
+# Window 4, blocks of 2: before token 4 enters tokens 0 and 1 leave (eviction 0), before token 6 tokens 2 and 3
+# (eviction 1), before 8 tokens 4 and 5, before 10 tokens 6 and 7 (eviction 3).
+#   query  answer  predicted as enters  evictions by then  fact at  leaves at eviction  evictions ago
+#   ask5      6             5                  1              4             2           still kept
+#   ask3      8             7                  2              2             1           1
+#   ask1     10             9                  3              0             0           3, octave 2
+#   ask2     12            11                  4              1             0           4
+SCHEDULE = EvictionSchedule(4, 2)
+AGES = [-1, 1, 3, 4]
 
 
-def completion(text: str) -> EvaluatedCompletion:
-    problem = Problem(id="one", problem=OPERATIONS, answer=OPERATIONS, source="recall/heldout")
+def completion(text: str, answer: str = ANSWER) -> EvaluatedCompletion:
+    problem = Problem(id="one", problem="", answer=answer, source="recall/heldout")
     rollout = Rollout((1,), (1,), torch.zeros(1), "stop", 0, 1.0, 0, 0.0)
     return EvaluatedCompletion(problem, text, right=True, rollout=rollout)
 
@@ -52,33 +52,56 @@ def by_age(*texts: str, schedule: EvictionSchedule = SCHEDULE) -> dict[object, t
     return {one.label.setting["evictions_ago"]: (one.right, one.total, one.value) for one in found}
 
 
-def test_the_age_of_a_query_is_the_number_of_evictions_since_its_value_left() -> None:
+def test_the_age_of_a_query_is_the_number_of_evictions_since_its_fact_left() -> None:
     assert scored_queries(completion(RIGHT), SCHEDULE) == [(True, age) for age in AGES]
-    wrong = RIGHT.replace("ask1 val1", "ask1 val9").replace("ask2 val2", "ask2 val9")
+    wrong = RIGHT.replace("ask3 key3=3", "ask3 key3=4").replace("ask2 key2=2", "ask2 key1=1")
     assert [right for right, _ in scored_queries(completion(wrong), SCHEDULE)] == [True, False, True, False]
 
 
+def test_ages_in_a_stream_are_those_of_the_facts_that_were_asked_for() -> None:
+    stream = "key1=1 key2=2 ask1 key1=1 key3=3 key4=4 ask1 key1=1 key5=5 key6=6 ask6 key6=7"
+    # Token 3 comes before any eviction. Token 7 is predicted as token 6 enters, after two evictions, of which the first
+    # took token 0. Token 11 is predicted as token 10 enters, after four; its fact, token 9, leaves at eviction 4.
+    found = scored_queries(completion(stream, "key1 128 6 72"), SCHEDULE)
+    assert found == [(True, 0), (True, 2), (False, 0)]
+
+
 def test_accuracy_by_age_counts_right_answers_in_octaves_over_all_completions() -> None:
-    wrong = RIGHT.replace("ask1 val1", "ask1 val9")
+    wrong = RIGHT.replace("ask1 key1=1", "ask1 key1=7")
     assert by_age(RIGHT, wrong, wrong) == {0: (3, 3, 1.0), 1: (3, 3, 1.0), 2: (1, 3, 1 / 3), 4: (3, 3, 1.0)}
     assert list(by_age(RIGHT)) == [0, 1, 2, 4], "ascending"
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "answered"),
     [
-        "",
-        RIGHT.replace("key2 val2 ", ""),
-        RIGHT.replace("ask5", "ask4"),
-        RIGHT.removesuffix(" <eos>") + " ask1 val1 <eos>",
-        RIGHT.replace("val", "key"),
-        # Always the same value needs no memory; it may stand in 3 of 5 facts.
-        " ".join("val1" if word.startswith("val") else word for word in RIGHT.split()),
+        ("", 0),
+        (RIGHT.replace("key2=2 ", "", 1), 0),
+        (RIGHT.replace("ask5", "ask4"), 0),
+        (RIGHT.replace("ask1", "ask4"), 2),
+        (RIGHT.replace("ask2 key2=2", "ask2"), 3),
+        (RIGHT.replace("<eos>", "ask1 key1=1 <eos>"), 4),
     ],
 )
-def test_a_completion_that_does_not_count_is_wrong_at_the_ages_that_a_right_one_would_have(text: str) -> None:
-    assert scored_queries(completion(text), SCHEDULE) == [(False, age) for age in AGES]
-    assert by_age(RIGHT, text) == {age: (1, 2, 0.5) for age in (0, 1, 2, 4)}
+def test_queries_without_an_answer_have_no_age(text: str, answered: int) -> None:
+    assert scored_queries(completion(text), SCHEDULE) == [(True, age) for age in AGES[:answered]]
+
+
+def test_a_completion_of_one_value_is_wrong_at_every_age() -> None:
+    same = " ".join(word[:-1] + "1" if "=" in word else word for word in RIGHT.split())  # four of five may be equal
+    assert scored_queries(completion(same), SCHEDULE) == [(False, age) for age in AGES]
+    assert by_age(RIGHT, same) == {age: (1, 2, 0.5) for age in (0, 1, 2, 4)}
+
+
+def test_a_reading_of_queries_counts_those_that_were_never_answered_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, session = open_short(eval__problems=3, double=False)
+    same = " ".join(word[:-1] + "1" if "=" in word else word for word in RIGHT.split())
+    texts = [RIGHT, RIGHT.replace("ask5 key5=5", "ask5 key5=6"), RIGHT.replace("ask1", "ask4"), same, ""]
+    completions = [completion(text) for text in texts]
+    monkeypatch.setattr(readings, "evaluate_session", lambda *_, **__: (None, completions))
+    (found,) = read(session, Reading(LABEL, config, kind="queries"))
+    assert (found.label, found.metric) == (LABEL, "accuracy")
+    assert (found.right, found.total, found.value) == (4 + 3 + 2, 20, 0.45)
 
 
 def test_under_the_full_cache_every_value_is_still_kept() -> None:

@@ -139,7 +139,7 @@ def test_the_report_is_written_from_the_json_alone_and_the_same_again(
 
 
 def test_chosen_parts_bring_the_bases_that_they_wait_for(tmp_path: Path) -> None:
-    assert go(tmp_path, only=["arms-recall-16-base"], minutes=0) == ["base-recall", "arms-recall-16-base"]
+    assert go(tmp_path, only=["arms-recall-32-base"], minutes=0) == ["base-recall", "arms-recall-32-base"]
     assert go(tmp_path, only=["arms-chained-8w-base"], minutes=0) == ["arms-chained-8w-base"]
 
 

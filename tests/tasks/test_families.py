@@ -34,7 +34,7 @@ def test_the_traces_of_a_family_are_right_and_empty_completions_wrong(family: Fa
 
 
 @every_family
-def test_a_family_writes_words_of_its_vocabulary_only_and_ends_its_traces(family: Family) -> None:
+def test_a_family_writes_words_of_its_vocabulary_only_and_ends_the_traces_of_its_default_shape(family: Family) -> None:
     vocabulary = family.vocabulary()
     assert tuple(vocabulary[: len(COMMON_TOKENS)]) == COMMON_TOKENS
     assert len(set(vocabulary)) == len(vocabulary)

@@ -9,9 +9,10 @@ import pytest
 
 from pte.learn.rewards import math_reward
 from pte.model.load import load_tokenizer
+from pte.tasks.base_training import build_tokenizer
 from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES
-from pte.tasks.generated import split_of
+from pte.tasks.generated import Family, split_of
 from pte.tasks.task import generated_task, jsonl_task, last_line, load_traces
 from short_runs import odd_ids, text_model, write_problems, write_traces
 
@@ -20,6 +21,10 @@ def chained(**changes: object):
     settings = {"seed": 0, "eval_problems": 5, "shapes": {"chained": {"num_statements": 4}}}
     families = {"chained": FAMILIES["chained"]}
     return generated_task(load_tokenizer(embedded_model_dir()), families, **{**settings, **changes})
+
+
+def generated(tokenizer, family: Family, shape: dict[str, int]):
+    return generated_task(tokenizer, {family.name: family}, shapes={family.name: shape}, seed=0, eval_problems=2)
 
 
 def from_files(tmp_path: Path, **changes: object):
@@ -64,8 +69,24 @@ def test_a_trace_ends_with_the_end_token_once_and_its_text_is_the_trace() -> Non
     ids = task.completion_ids(trace)
     assert len(ids) == 44
     assert [index for index, one in enumerate(ids) if one in task.stop_token_ids] == [43]
-    assert task.completion_ids(trace.removesuffix(" <eos>")) == ids
     assert task.text(ids) == trace.removesuffix(" <eos>")
+
+
+def test_a_stream_s_completion_gets_no_end_token_and_a_trace_from_a_file_gets_one(tmp_path: Path) -> None:
+    recall = FAMILIES["recall"]
+    tokenizer = build_tokenizer(recall.vocabulary(), max_positions=512)
+    stream = generated(tokenizer, recall, {"num_facts": 6, "num_queries": 3, "max_age": 4})
+    trace = stream.training(0).trace
+    assert trace is not None and "<eos>" not in trace
+    ids = stream.completion_ids(trace)
+    assert tokenizer.decode(ids) == trace and len(ids) == 12
+    write_traces(tmp_path / "traces.jsonl", 8)
+    file = from_files(tmp_path, traces_path=tmp_path / "traces.jsonl")
+    written = file.training(0).trace
+    assert written is not None
+    ended = file.completion_ids(written)
+    assert [index for index, one in enumerate(ended) if one in file.stop_token_ids] == [len(ended) - 1]
+    assert file.completion_ids(file.tokenizer.decode(ended, skip_special_tokens=False)) == ended, "one is enough"
 
 
 def test_the_right_trace_earns_the_reward_and_another_answer_does_not() -> None:

@@ -36,7 +36,7 @@ class GeneratedProblem:
     source: str
     """The family and the split, for example "chained/train"."""
     trace: str
-    """Right reasoning, up to and with `<eos>`."""
+    """Right reasoning, with `<eos>` where it has an end."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,22 @@ def split_of(problem: str) -> Split:
     return "heldout" if _digest(problem)[0] % HELDOUT_ONE_IN == 0 else "train"
 
 
-def named_problem(family: str, *, problem: str, answer: str, trace: str) -> GeneratedProblem:
+def named_problem(
+    family: str, *, problem: str, answer: str, trace: str, split: Split | None = None
+) -> GeneratedProblem:
     """The record of a problem, with the id and the source that its content gives it.
 
     Args:
         family: `Family.name`.
         problem: The prompt, without `<bos>`.
         answer: What accuracy compares with.
-        trace: Right reasoning with `<eos>`.
+        trace: Right reasoning.
+        split: Where problems share prompts, the split that this one was drawn for; its trace then names it as well.
     """
-    split = split_of(problem)
+    content = problem if split is None else f"{problem} {trace}"
+    split = split or split_of(problem)
     return GeneratedProblem(
-        id=f"{family}-{split}-{_digest(problem).hex()[:16]}",
+        id=f"{family}-{split}-{_digest(content).hex()[:16]}",
         problem=problem,
         answer=answer,
         source=f"{family}/{split}",

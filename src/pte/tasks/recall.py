@@ -18,8 +18,9 @@ about one of the last `max_age` facts, and so on; after the last key comes the f
 
 Completions are sampled: a greedy policy has no choice to make. A policy that writes one value always would need no
 memory, so a completion is wrong where a value stands in more than n / 8 + 4 sqrt(n / 8) + 1 of its n facts: uniform
-draws break this less than once in 1000 completions. The rule does not see a policy whose values follow from the keys;
-compare `read_completion(...).facts` over problems.
+draws break this less than once in 1000 completions. The rule refuses nothing below five facts, and does not see a
+policy whose values follow from the keys, nor one that asks for new facts only; compare `read_completion(...)` over
+problems.
 """
 
 import math
@@ -48,8 +49,11 @@ STREAM_TOKEN = "..."
 KEYS = tuple(f"key{index}" for index in range(MAX_KEYS))
 ASKS = tuple(f"ask{index}" for index in range(MAX_KEYS))
 FACTS = tuple(f"{key}={value}" for key in KEYS for value in range(NUM_VALUES))
+_FACT_SET = frozenset(FACTS)
 FACTS_PER_QUERY = 2
 """Of a stream."""
+FEWEST_PROMPTS = 64
+"""Of a shape of lists, so that both splits have some."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ def generate_problems(
 ) -> list[GeneratedProblem]:
     """Problems of one shape, the same for the same arguments on every machine.
 
-    A completion has one token for each fact and two for each query, and `<eos>`. Streams of one first key share a
-    prompt and are in both splits: what is new in a completion is what the policy chooses.
+    A completion has one token for each fact and two for each query; that of a list ends with `<eos>`. Streams of one
+    first key share a prompt, and are in both splits: what is new in a completion is what the policy chooses.
 
     Args:
         count: How many problems, 0 or more.
@@ -133,7 +137,9 @@ def generate_problems(
     check_draw(count, seed=seed, split=split)
     shape = _checked_shape(num_facts, num_queries, num_keys, max_age)
     rng = random.Random(f"{seed}/{split}")
-    drawn = _draw_streams(rng, shape) if shape.max_age else _draw_lists(rng, shape=shape, split=split)
+    drawn = (
+        _draw_streams(rng, shape=shape, split=split) if shape.max_age else _draw_lists(rng, shape=shape, split=split)
+    )
     return [next(drawn) for _ in range(count)]
 
 
@@ -162,7 +168,7 @@ def read_completion(completion_text: str, answer: str) -> ReadCompletion:
             asked = KEYS[ASKS.index(token)]
             if asked not in newest:
                 break
-        elif key == expected and value:
+        elif key == expected and token in _FACT_SET:
             newest[key] = len(facts)
             facts.append((key, value))
             fact_tokens.append(index)
@@ -244,7 +250,7 @@ def _values_vary(values: Sequence[str]) -> bool:
 
 
 def _draw_lists(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
-    """Facts, then queries: endless problems of one split, until the hash of the text falls into it."""
+    """Facts, then queries: endless problems of one split; what falls into the other or does not vary is left out."""
     while True:
         first = rng.randrange(shape.num_keys)
         keys = [KEYS[(first + fact) % shape.num_keys] for fact in range(shape.num_facts)]
@@ -254,14 +260,16 @@ def _draw_lists(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[
         if split_of(problem) != split:
             continue
         facts = {key: f"{key}={rng.randrange(NUM_VALUES)}" for key in keys}
+        if not _values_vary([fact.partition("=")[2] for fact in facts.values()]):
+            continue
         answers = [word for ask, key in zip(asks, asked, strict=True) for word in (ask, facts[key])]
         layout = " ".join((keys[0], str(shape.num_keys), str(shape.num_facts), "0", *asks))
         trace = " ".join((*facts.values(), *answers, EOS_TOKEN))
         yield named_problem("recall", problem=problem, answer=layout, trace=trace)
 
 
-def _draw_streams(rng: random.Random, shape: _Shape) -> Iterator[GeneratedProblem]:
-    """Endless streams; ages of the queries are drawn from each octave alike."""
+def _draw_streams(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
+    """Endless streams with values that vary; ages of the queries are drawn from each octave alike."""
     assert shape.max_age is not None
     while True:
         first = rng.randrange(shape.num_keys)
@@ -274,11 +282,14 @@ def _draw_streams(rng: random.Random, shape: _Shape) -> Iterator[GeneratedProble
             if len(facts) % FACTS_PER_QUERY == 0:
                 asked = facts[-_draw_age(rng, most=min(shape.max_age, len(facts)))]
                 trace += [asked.partition("=")[0].replace("key", "ask"), asked]
+        if not _values_vary([fact.partition("=")[2] for fact in facts]):
+            continue
         yield named_problem(
             "recall",
             problem=f"{KEYS[first]} {STREAM_TOKEN}",
             answer=f"{KEYS[first]} {shape.num_keys} {shape.num_facts} {shape.max_age}",
             trace=" ".join(trace),
+            split=split,
         )
 
 
@@ -299,9 +310,15 @@ def _checked_shape(num_facts: int, num_queries: int, num_keys: int, max_age: int
         require_shape(
             1 <= num_queries <= num_facts, "num_queries", rule=rule, value=num_queries, remedy=f"{num_facts} or fewer"
         )
+        prompts = num_keys * math.perm(num_facts, num_queries)
+        rule = f"be enough for {FEWEST_PROMPTS} prompts (num_keys times the orders of queries; both splits need some)"
+        require_shape(prompts >= FEWEST_PROMPTS, "num_keys", rule=rule, value=num_keys, remedy=str(MAX_KEYS))
     else:
         rule = f"be from 1 to num_keys ({num_keys}; an older fact is overwritten)"
         require_shape(1 <= max_age <= num_keys, "max_age", rule=rule, value=max_age, remedy=f"{num_keys} or less")
+        rule = f"be a multiple of {FACTS_PER_QUERY} in a stream (so many facts come before each query)"
+        even = num_facts % FACTS_PER_QUERY == 0
+        require_shape(even, "num_facts", rule=rule, value=num_facts, remedy=str(num_facts + 1))
         rule = f"be num_facts / {FACTS_PER_QUERY} ({num_facts} / {FACTS_PER_QUERY}) in a stream"
         holds = num_facts == FACTS_PER_QUERY * num_queries
         require_shape(holds, "num_queries", rule=rule, value=num_queries, remedy=f"{num_facts // FACTS_PER_QUERY}")
