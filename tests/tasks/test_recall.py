@@ -81,7 +81,9 @@ def test_a_scored_query_names_the_newest_fact_of_its_key_and_the_token_that_repe
         assert tokens[query.fact_token].startswith(f"{query.key}=")
         between = [
             token
-            for before, token in zip(tokens[query.fact_token :], tokens[query.fact_token + 1 : query.query_token - 1])
+            for before, token in zip(
+                tokens[query.fact_token :], tokens[query.fact_token + 1 : query.query_token - 1], strict=False
+            )
             if "=" in token and not before.startswith("ask")
         ]
         assert query.facts_since == len(between)
