@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
@@ -81,9 +82,7 @@ def test_a_scored_query_names_the_newest_fact_of_its_key_and_the_token_that_repe
         assert tokens[query.fact_token].startswith(f"{query.key}=")
         between = [
             token
-            for before, token in zip(
-                tokens[query.fact_token :], tokens[query.fact_token + 1 : query.query_token - 1], strict=False
-            )
+            for before, token in pairwise(tokens[query.fact_token : query.query_token - 1])
             if "=" in token and not before.startswith("ask")
         ]
         assert query.facts_since == len(between)
