@@ -85,6 +85,7 @@ def test_the_zero_state_stays_zero_and_has_a_finite_gradient(dtype: torch.dtype)
 def test_rule_paper_normalises_what_it_stores_and_rule_read_what_is_read() -> None:
     keys, values = evicted_tokens(4)
     paper, read = make_encoder(rule="paper"), make_encoder(rule="read")
+    read.load_state_dict(paper.state_dict())
     start = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     update = paper.encode(keys, values)
     stored = paper.fold(start, keys, values)
@@ -213,3 +214,10 @@ def test_a_fresh_encoder_is_orthogonal_and_its_query_the_identity() -> None:
         torch.testing.assert_close(maps @ maps.mT, identity, rtol=0, atol=1e-5)
     torch.testing.assert_close(encoder.query @ encoder.query_map.mT, identity, rtol=0, atol=1e-5)
     assert not torch.allclose(encoder.key_map, encoder.value_map)
+
+
+def test_under_rule_paper_a_fresh_block_does_not_drown_the_state() -> None:
+    # S has norm sqrt(rank) before an eviction; the same block under an orthogonal W_K would be ten times as large.
+    paper, read = make_encoder(rule="paper"), make_encoder(rule="read")
+    torch.testing.assert_close(10 * paper.key_map, read.key_map, rtol=1e-6, atol=0)
+    assert torch.equal(paper.value_map, read.value_map) and torch.equal(paper.query, read.query)

@@ -100,12 +100,14 @@ class CostPart:
         label: What the cost is about.
         config: The PTE experiment, which the label's arm changes; completions have `rollout.max_new_tokens` tokens.
         lengths: Completion tokens at which memory is measured.
+        metrics: Which costs are kept; empty for all.
     """
 
     name: str
     label: Label
     config: ExperimentConfig
     lengths: tuple[int, ...] = ()
+    metrics: tuple[str, ...] = ()
     after: str | None = None
 
 
@@ -130,7 +132,8 @@ def run_cost(part: CostPart, directory: Path) -> None:
     """Measures an arm."""
     started = time.perf_counter()
     config = arm_config(part.config, part.label.arm)
-    measurements = [Measurement(part.label, name, value) for name, value in measure_cost(config).items()]
+    costs = measure_cost(config)
+    measurements = [Measurement(part.label, name, costs[name]) for name in part.metrics or costs if name in costs]
     for row in memory_over_tokens(config, part.lengths):
         label = replace(part.label, question="memory", setting={"tokens": row["tokens"]})
         measurements += [Measurement(label, name, value) for name, value in row.items() if name != "tokens"]

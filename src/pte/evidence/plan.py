@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from pte.config import CacheConfig, ExperimentConfig, RunConfig
+from pte.config_stages import GradientMode
 from pte.evidence.levels import Level, levels_of
 from pte.evidence.measurements import Label, StageName
 from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
@@ -144,9 +145,10 @@ def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: Stag
 
 
 def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
-    """Recall of 4 to 128 facts: every rank with rule `delta`, every rule at rank 32."""
+    """Recall of 4 to 128 facts: every rule at rank 32, and at the first seed other ranks with rule `delta`."""
+    ranks = [32] if seed else CAPACITY_RANKS
     for facts in CAPACITY_FACTS:
-        for arm, rank in [("pte_delta", rank) for rank in CAPACITY_RANKS] + [("pte_read", 32), ("pte_paper", 32)]:
+        for arm, rank in [("pte_delta", rank) for rank in ranks] + [("pte_read", 32), ("pte_paper", 32)]:
             config = seeded(level.with_facts(facts), seed)
             config = replace(config, adapter=replace(config.adapter, rank=rank))
             about = Label("capacity", level.task, arm, "warm_start", seed, {"facts": facts, "rank": rank})
@@ -210,7 +212,7 @@ ADAPTER_FACTORS: dict[str, dict[str, dict[str, object]]] = {
     "adapted layers": {"first": {"layers": (0,)}, "middle": {"layers": (1,)}, "last": {"layers": (2,)}},
     "keys": {"after rotary": {"key_space": "post_rotary"}},
 }
-GRADIENT_MODES: tuple[tuple[str, Literal["exact", "horizon"], int], ...] = (
+GRADIENT_MODES: tuple[tuple[str, GradientMode, int], ...] = (
     ("exact", "exact", 1),
     ("horizon 1", "horizon", 1),
     ("horizon 4", "horizon", 4),
@@ -252,12 +254,24 @@ def transfer_parts(levels: dict[str, Level], *, seed: int) -> Iterator[TrainedPa
 
 
 def cost_parts(level: Level) -> Iterator[CostPart]:
-    """Speed, FLOPs and memory of each arm on completions of 128 tokens."""
+    """Speed, FLOPs and memory of each arm on completions of 128 tokens; time and memory of each gradient mode."""
+    config = replace(
+        level.config,
+        rollout=replace(level.config.rollout, max_new_tokens=128),
+        train=replace(level.config.train, steps=1, prompts_per_step=8, group_size=4, micro_batch_size=32),
+    )
     for arm in COST_ARMS:
-        config = replace(
-            level.config,
-            rollout=replace(level.config.rollout, max_new_tokens=128),
-            train=replace(level.config.train, steps=1, prompts_per_step=8, group_size=4, micro_batch_size=32),
-        )
         about = Label("cost", level.task, arm)
         yield CostPart(f"cost-{arm}", about, config, lengths=MEMORY_TOKENS, after=level.base)
+    reference: tuple[str, GradientMode, int] = ("reference", "chain", 1)
+    for value, mode, horizon in (reference, *GRADIENT_MODES):
+        setting = {"factor": "reference" if value == "reference" else "gradient_mode", "value": value}
+        about = Label("ablation", level.task, "pte_delta", "warm_start", setting=setting)
+        train = replace(config.train, gradient_mode=mode, horizon=horizon)
+        yield CostPart(
+            f"cost-mode-{value}".replace(" ", "_"),
+            about,
+            replace(config, train=train),
+            metrics=("peak_memory_bytes", "update_tokens_per_second"),
+            after=level.base,
+        )

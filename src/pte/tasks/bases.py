@@ -6,6 +6,7 @@ Decides: on which shapes a base is trained and measured. Whether a base solves t
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -51,15 +52,18 @@ class BaseRecipe:
 
 
 def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
-    """Lists of 4 to 8 facts at first, of up to 128 in the last half, and streams from a quarter on."""
-    most = next(most for until, most in ((0.1, 8), (0.2, 16), (0.3, 32), (0.5, 64), (1.0, 128)) if done < until)
+    """Lists of up to 8 facts at first, of up to 128 in the last half, and streams from a quarter on.
+
+    Any number of facts goes with any number of queries: a model that is shown few pairs of the two counts positions
+    instead of looking for the last key.
+    """
+    most = next(most for until, most in ((0.1, 8), (0.2, 16), (0.3, 32), (0.45, 64), (1.0, 128)) if done < until)
+    num_facts = int(2 ** rng.uniform(2, math.log2(most + 1)))
+    num_queries = rng.randint(1, min(num_facts, 16))
     max_age: int | None = None
-    if done > 0.25 and rng.random() < 0.4:
-        num_facts, max_age = rng.choice([number for number in (16, 32, 64, 128) if number <= most]), STREAM_AGE
-        num_queries = num_facts // recall.FACTS_PER_QUERY
-    else:
-        num_facts = rng.choice([number for number in RECALL_FACTS if number <= most])
-        num_queries = min(num_facts, 16)
+    if done > 0.25 and rng.random() < 0.3:
+        num_queries, max_age = num_facts // recall.FACTS_PER_QUERY, STREAM_AGE
+        num_facts = recall.FACTS_PER_QUERY * num_queries
     return recall.generate_problems(
         max(4, TOKENS_PER_STEP // (num_facts + 3 * num_queries)),
         seed=rng.getrandbits(48),
@@ -105,7 +109,7 @@ RECIPES: dict[str, BaseRecipe] = {
         families=("recall",),
         draw_batch=draw_recall,
         settings=BaseSettings(
-            steps=1500, peak_lr=3e-3, size=BaseSize(rope_theta=1e6, initializer_range=0.06, intermediate_size=256)
+            steps=2400, peak_lr=3e-3, size=BaseSize(rope_theta=1e6, initializer_range=0.06, intermediate_size=256)
         ),
         measured=(
             *(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),
