@@ -64,7 +64,7 @@ class Reference:
         """(W + scale A S B) x + b, with the matrix built."""
         linear = self.weight(self.layers[index], name)
         matrix = linear.weight
-        if self.adapter is not None and name in self.adapter.targets:
+        if self.adapter is not None and name in self.adapter.targets_of(index):
             pair = self.adapter.layers[index][name]
             state = torch.eye(self.adapter.rank, dtype=x.dtype) if read is None else read
             matrix = matrix + self.adapter.scale * pair.up.to(x.dtype) @ state @ pair.down.to(x.dtype)

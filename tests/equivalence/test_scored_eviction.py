@@ -258,7 +258,10 @@ def test_in_float32_rollout_and_replay_are_one_policy(eviction: LowestScore) -> 
 
 def test_in_bfloat16_the_record_keeps_rollout_and_replay_one_policy() -> None:
     base = tiny_base(dtype=torch.bfloat16, initializer_range=0.15)
-    policy = tiny_policy(base=base, dtype=torch.bfloat16, window=32, block=8, eviction=RedundantKeys(2))
+    # Rule `read` doubles a rounding error where `delta` would correct it.
+    policy = tiny_policy(
+        base=base, dtype=torch.bfloat16, window=32, block=8, eviction=RedundantKeys(2), update_rule="read"
+    )
     prompts = random_sequences(6, prompt=(2, 9), seed=3)[0]
     rollouts = sample(policy, requests_for(prompts), max_new_tokens=90, temperature=1.0)
     assert gap(policy, rollouts) < 5e-2

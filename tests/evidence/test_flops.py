@@ -51,8 +51,10 @@ def test_the_window_and_the_adapter_cost_what_the_formula_says() -> None:
     assert window == BATCH * (full - kept)
 
 
-def test_folding_and_reading_the_state_cost_what_the_formula_says() -> None:
-    thought, lora = (rollout_flops(tiny_policy(kind=kind, global_tokens=3)) for kind in ("thought", "lora"))
+def test_folding_and_reading_the_state_cost_what_the_formula_of_rule_read_says() -> None:
+    thought, lora = (
+        rollout_flops(tiny_policy(kind=kind, global_tokens=3, update_rule="read")) for kind in ("thought", "lora")
+    )
     entered = BATCH * (PROMPT + TOKENS - 1)
     read = 2 * LAYERS * len(LINEAR_MAPS) * RANK * RANK * entered
 

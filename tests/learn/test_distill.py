@@ -50,7 +50,7 @@ def test_imitating_traces_brings_their_loss_down() -> None:
     same = stage.examples(0)
     stage.examples = lambda index: same
     losses = [stage.step(index).metrics["loss"] for index in range(6)]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 @pytest.mark.parametrize("policy", ["h2o", "rkv"])

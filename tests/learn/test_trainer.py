@@ -119,6 +119,7 @@ def test_a_run_leaves_its_record_its_metrics_and_of_tensors_the_adapters_alone(w
         "curve.png",
         "metrics.jsonl",
         "record.json",
+        "rollouts.json",
         "summary.json",
     ]
     config = json.loads((whole / "record.json").read_text())["config"]

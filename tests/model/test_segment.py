@@ -112,7 +112,7 @@ def test_each_row_reads_its_own_state() -> None:
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_the_first_state_is_made_of_the_base_s_keys_and_values(architecture: str) -> None:
     # The base's projections, with their biases and the key norm, without A and B.
-    policy = tiny_policy(architecture)
+    policy = tiny_policy(architecture, update_rule="read")
     with torch.no_grad():
         first = first_state(policy)
         for layer_index, layer in enumerate(policy.base.get_decoder().layers):

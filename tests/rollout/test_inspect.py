@@ -48,9 +48,9 @@ def test_evictions_and_states_are_those_of_the_token_by_token_walk(setting: str)
             for found, expected in ((eviction.state_norm, norm), (eviction.state_change, change)):
                 assert (found is None) == (expected is None)
                 if found is not None:
-                    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+                    assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
         if reference.notes and reference.first is not None:
-            assert inspected.first_state_norm == pytest.approx(reference.first, rel=1e-6)
+            assert inspected.first_state_norm == pytest.approx(reference.first, rel=1e-5)
 
 
 def test_the_bytes_of_a_state_are_layers_times_rank_squared() -> None:
