@@ -40,7 +40,9 @@ def stage_of(reward: Callable[..., list[float]] | None = odd_ids, **changes: obj
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_rollout_and_replay_are_one_policy_at_every_step(temperature: float) -> None:
-    stage, session = stage_of(**LONGER, rollout__temperature=temperature, train__learning_rate=3e-3)
+    stage, session = stage_of(
+        **LONGER, train__group_size=8, rollout__temperature=temperature, train__learning_rate=3e-3
+    )
     for index in range(3):
         before = parameters(session)
         metrics = stage.step(index).metrics
@@ -247,7 +249,7 @@ def test_without_dynamic_sampling_tied_groups_stay() -> None:
 
 
 def test_dynamic_sampling_looks_at_accuracy_and_not_at_the_reward() -> None:
-    stage, session = stage_of(odd_ids, train__dynamic_sampling=True, train__max_resample_rounds=1)
+    stage, session = stage_of(odd_ids, run__seed=1, train__dynamic_sampling=True, train__max_resample_rounds=1)
     stage.task = replace(session.task, accuracy=lambda completions, **_: [0.0] * len(completions))
     result = stage.step(0)
     assert result.metrics["resample_rounds"] == 1
