@@ -14,6 +14,9 @@ import pytest
 from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS, load_experiment, read_experiment_file
+from pte.report.command import read_runs
+from pte.report.page import render_markdown
+from pte.report.sections import build_report
 from pte.tasks.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -178,3 +181,14 @@ def test_the_readme_is_at_most_150_lines() -> None:
 
 def test_the_configuration_has_the_sections_of_its_files() -> None:
     assert [field.name for field in dataclasses.fields(ExperimentConfig)] == list(SECTIONS)
+
+
+def test_the_evidence_page_is_what_the_report_makes_of_the_recorded_parts() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"Made by `(pte report [^`]*)`", page)
+    runs, notes = read_runs([str(ROOT / "benchmarks" / "evidence")])
+    assert command.split()[2] == "benchmarks/evidence"
+    made = render_markdown(build_report(runs, command=command, notes=notes), images="figures")
+    assert made.replace(f"{ROOT}/", "") == page
+    for image in re.findall(r"\]\((figures/[^)]*)\)", page):
+        assert (ROOT / "docs" / image).is_file(), image
