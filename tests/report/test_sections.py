@@ -122,3 +122,18 @@ def test_seeds_of_several_runs_are_one_arm(tmp_path: Path) -> None:
     report = build_report(runs, command="pte report")
     (figure,) = report.sections[0].figures
     assert "n: 2 seeds" in figure.caption and dict(report.facts)["seeds"] == "0, 1"
+
+
+def test_grpo_with_and_without_a_warm_start_are_curves_of_their_own() -> None:
+    rows = [
+        Measurement("rl", "chained", "pte", stage, 0, (("step", step), ("seconds", step)), "reward", value)
+        for stage, value in (("both", 0.75), ("grpo", 0.0))
+        for step in (1, 2)
+    ]
+    section = rl_section(rows)
+    assert len(section.figures) == 2
+    assert [row[0] for row in section.tables[0].rows] == [
+        "chained after a warm start",
+        "chained without a warm start",
+    ]
+    assert [row[4][:4] for row in section.tables[0].rows] == ["0.75", "0.00"]

@@ -105,8 +105,9 @@ def rl_section(measurements: Sequence[Measurement]) -> Section:
 
 
 def rl_title(one: Measurement) -> str:
-    """Task and setting without the place on the curve."""
-    return panel_title(one, *PLACES)
+    """Task, setting without the place on the curve, and learning stages: GRPO with and without a warm start differ."""
+    stage = {"both": "after a warm start", "grpo": "without a warm start"}.get(one.stage, "")
+    return f"{panel_title(one, *PLACES)} {stage}".rstrip()
 
 
 def place_on_curve(one: Measurement) -> float:
