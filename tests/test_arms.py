@@ -44,7 +44,7 @@ def test_the_arm_pte_is_the_experiment_itself_and_controls_change_its_state_alon
     for control in ("zeroed", "shuffled"):
         scored = replace(CONFIG, eval=replace(CONFIG.eval, state_control=control))
         assert arm_config(CONFIG, f"pte_{control}") == scored
-        assert not ARMS[f"pte_{control}"].trained, "a control has no training of its own"
+        assert ARMS[f"pte_{control}"] == Arm(state_control=control), "a control changes what is read, nothing else"
 
 
 def test_the_arms_of_a_rule_have_it_whatever_the_experiment_has() -> None:

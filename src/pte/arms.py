@@ -42,11 +42,6 @@ class Arm:
     policy: Literal["window", "random", "h2o", "rkv"] | None = None
     state_control: Literal["own", "zeroed", "shuffled"] = "own"
 
-    @property
-    def trained(self) -> bool:
-        """True when the arm has an adapter of its own to train."""
-        return self.adapter != "none" and self.state_control == "own"
-
 
 ARMS: dict[str, Arm] = {
     "base_full": Arm(adapter="none", cache="full"),

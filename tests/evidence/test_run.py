@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from killed import warm_processes
 from pte import jobs
 from pte.cli import main
 from pte.evidence import run
+from pte.evidence.levels import BASES
 from pte.evidence.measurements import Label, part_file
 from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
 from pte.evidence.plan import Part, plan
 from pte.evidence.readings import Reading
-from pte.evidence.run import job_of, run_evidence
+from pte.evidence.run import job_of, parts_left, run_evidence
+from pte.tasks.bases import RECIPES
 from short_runs import short_config
 
 
@@ -178,3 +181,23 @@ def test_a_preset_that_is_none_is_refused_by_its_choices(
     said = capsys.readouterr().err
     assert "--preset" in said and "quick" in said and "full" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_gone_is_made_again_where_a_part_still_waits_for_it(tmp_path: Path) -> None:
+    def finish(part: Part) -> None:
+        part_file(tmp_path, part.name).parent.mkdir(parents=True, exist_ok=True)
+        part_file(tmp_path, part.name).write_text("{}")
+
+    base, waiting = BasePart("base-recall", "recall"), scored("waiting", "base_full")
+    waiting = replace(waiting, after=base.name)
+    assert parts_left([base, waiting], tmp_path) == [base, waiting]
+    finish(base)
+    # The part's file came from another machine, the weights did not.
+    assert parts_left([base, waiting], tmp_path) == [base, waiting]
+    folder = tmp_path / BASES / "recall"
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps({"settings": asdict(RECIPES["recall"].settings)}))
+    assert parts_left([base, waiting], tmp_path) == [waiting]
+    finish(waiting)
+    shutil.rmtree(folder)
+    assert parts_left([base, waiting], tmp_path) == []

@@ -19,6 +19,7 @@ from pte.config import (
     TaskConfig,
     TrainConfig,
 )
+from pte.tasks.bases import STREAM_AGE
 from pte.tasks.families import FAMILIES
 
 WINDOW = CacheConfig(window_tokens=8, evict_tokens=2)
@@ -28,7 +29,6 @@ ROOM_TOKENS = 8
 BASES = "bases"
 LOOKED_AT = 16
 """Problems whose traces say how long a completion may be."""
-STREAM_AGE = 72
 STREAM_TOKENS_PER_FACT = 2
 """One for the fact, and a query of two for every other fact."""
 

@@ -10,13 +10,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from pte.checkpoint_files import installed_versions
+from pte.evidence.levels import BASES
 from pte.evidence.measurements import part_file
 from pte.evidence.parts import (
     RUNS,
@@ -31,6 +32,8 @@ from pte.evidence.parts import (
 from pte.evidence.plan import Part, PresetName, plan
 from pte.jobs import Job, run_jobs
 from pte.run_record import commit, hardware, replace_synced
+from pte.tasks.base_training import is_complete
+from pte.tasks.bases import RECIPES
 
 RECORD_FILE = "record.json"
 
@@ -78,7 +81,8 @@ def run_evidence(
     named = [part for part in parts if not only or part.name.startswith(only)]
     wanted = {name for part in named for name in (part.name, part.after)}
     chosen = [part for part in parts if part.name in wanted]
-    jobs = [job_of(part, directory) for part in chosen if not part_file(directory, part.name).is_file()]
+    left = parts_left(chosen, directory)
+    jobs = [job_of(part, directory) for part in left]
     done = len(chosen) - len(jobs)
     console.print(f"evidence {preset} in [bold]{directory}[/]: {done} of {len(chosen)} parts done")
     return run_jobs(
@@ -88,6 +92,28 @@ def run_evidence(
         progress=progress,
         last_start=None if minutes is None else started + 60 * minutes,
     )
+
+
+def parts_left(chosen: Sequence[Part], directory: Path) -> list[Part]:
+    """Parts that are not done, and the bases that these wait for and that are not there.
+
+    A base may have gone where its part's file is: weights stay on the machine that made them.
+
+    Args:
+        chosen: Parts, each after the base that it waits for.
+        directory: Of the run.
+    """
+    undone = {part.name for part in chosen if not part_file(directory, part.name).is_file()}
+    waited_for = {part.after for part in chosen if part.name in undone}
+
+    def gone(part: Part) -> bool:
+        return (
+            isinstance(part, BasePart)
+            and part.name in waited_for
+            and not is_complete(directory / BASES / part.base, RECIPES[part.base].settings)
+        )
+
+    return [part for part in chosen if part.name in undone or gone(part)]
 
 
 def job_of(part: Part, directory: Path) -> Job:
