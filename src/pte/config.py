@@ -355,7 +355,7 @@ class ExperimentConfig:
             value=self.eval.problems,
             remedy="use for example 512",
         )
-        sampled = [name for name in self.task.families if FAMILIES[name].sampled]
+        sampled = [name for name in self.task.families if FAMILIES[name].temperature > 0]
         require(
             not sampled or self.eval.temperature > 0,
             "eval.temperature",

@@ -222,14 +222,14 @@ def test_streams_share_prompts_but_neither_ids_nor_splits() -> None:
     assert all(problem.answer == f"{problem.problem.split()[0]} 2 8 2" for problem in train)
 
 
-def test_queries_of_a_stream_ask_at_every_octave_of_age_alike() -> None:
+def test_queries_of_a_stream_ask_for_each_of_the_last_facts_alike() -> None:
     ages = Counter[int]()
-    for problem in generate_problems(40, seed=3, split="train", num_facts=256, num_queries=128, max_age=63):
+    for problem in generate_problems(40, seed=3, split="train", num_facts=256, num_queries=128, max_age=16):
         queries = read_completion(problem.trace, problem.answer).queries
-        ages.update((query.facts_since + 1).bit_length() for query in queries[32:])
-    # After 64 facts all six octaves 1, 2 to 3, ..., 32 to 63 are open: 40 * 96 / 6 = 640 queries each.
-    assert set(ages) == {1, 2, 3, 4, 5, 6}
-    assert all(abs(count - 640) < 100 for count in ages.values())
+        ages.update(query.facts_since for query in queries[8:])
+    # After 16 facts every one of the last 16 may be asked for: 40 * 120 / 16 = 300 queries each.
+    assert set(ages) == set(range(16))
+    assert all(abs(count - 300) < 70 for count in ages.values())
 
 
 @pytest.mark.parametrize("max_age", [None, 8])

@@ -19,7 +19,7 @@ from pte.config import (
     TaskConfig,
     TrainConfig,
 )
-from pte.tasks.bases import STREAM_AGE
+from pte.tasks.bases import NEAR_AGE, STREAM_AGE
 from pte.tasks.families import FAMILIES
 
 WINDOW = CacheConfig(window_tokens=8, evict_tokens=2)
@@ -29,6 +29,7 @@ ROOM_TOKENS = 8
 BASES = "bases"
 LOOKED_AT = 16
 """Problems whose traces say how long a completion may be."""
+STREAM_PROBLEMS = 128
 STREAM_TOKENS_PER_FACT = 2
 """One for the fact, and a query of two for every other fact."""
 
@@ -66,7 +67,8 @@ class Level:
 
     def stream(self, *, windows: int) -> ExperimentConfig:
         """A stream experiment at another length."""
-        return with_shape(self.config, stream_shape(windows))
+        assert self.config.task.max_age is not None
+        return with_shape(self.config, stream_shape(windows, max_age=self.config.task.max_age))
 
 
 def level(
@@ -86,14 +88,13 @@ def level(
         base: Folder of the base; None for the shipped one.
         compared: Whether all arms are compared on it.
     """
-    sampled = "recall" in shape.families
     config = ExperimentConfig(
         model=ModelConfig(path="embedded" if base is None else str(base)),
         adapter=AdapterConfig(rank=32, global_tokens=32, update_rule="delta"),
         cache=WINDOW,
         distill=DistillConfig(steps=steps, batch_size=16, learning_rate=3e-3, decay="linear"),
         train=TrainConfig(steps=0, checkpoint_every=50, log_completions=False),
-        eval=EvalConfig(problems=512, temperature=1.0 if sampled else 0.0),
+        eval=EvalConfig(problems=512, temperature=max(FAMILIES[name].temperature for name in shape.families)),
     )
     return Level(
         name=name,
@@ -133,10 +134,16 @@ def chained_level(statements: int, *, steps: int = 200) -> Level:
     return level(f"chained-{windows}w", shape, steps=steps)
 
 
-def stream_shape(windows: int) -> TaskConfig:
+def stream_shape(windows: int, *, max_age: int) -> TaskConfig:
     """Facts with a query after every other one; keys are written again after 128 facts."""
     facts = windows * WINDOW.window_tokens // STREAM_TOKENS_PER_FACT
-    return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, max_age=STREAM_AGE)
+    return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, max_age=max_age)
+
+
+def stream_level(name: str, windows: int, *, max_age: int, base: Path) -> Level:
+    """Streams; a completion has many queries, so that fewer of them are scored."""
+    one = level(name, stream_shape(windows, max_age=max_age), steps=200, base=base, compared=False)
+    return replace(one, config=replace(one.config, eval=replace(one.config.eval, problems=STREAM_PROBLEMS)))
 
 
 def with_grpo(level: Level) -> ExperimentConfig:
@@ -172,7 +179,8 @@ def levels_of(directory: Path) -> dict[str, Level]:
         chained_level(12),
         replace(rl, config=with_grpo(rl)),
         level("recall-32", recall, steps=200, base=bases / "recall"),
-        level("recall-stream", stream_shape(16), steps=200, base=bases / "recall", compared=False),
+        stream_level("recall-stream", 16, max_age=STREAM_AGE, base=bases / "recall"),
+        stream_level("recall-length", 8, max_age=NEAR_AGE, base=bases / "recall"),
         level("permutation", permutation, steps=200, base=bases / "permutation"),
         level("multiplication", multiplication, steps=600, base=bases / "multiplication"),
         *(

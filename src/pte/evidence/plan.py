@@ -29,8 +29,9 @@ OTHER_ARMS = ("global_only", "lora_random", "lora_h2o", "lora_rkv")
 CONTROLS = ("pte_zeroed", "pte_shuffled")
 RULES = ("pte_paper", "pte_read", "pte_delta")
 CAPACITY_FACTS = (4, 8, 16, 32, 64, 128)
-CAPACITY_RANKS = (8, 16, 32, 64)
 LENGTH_ARMS = ("lora_full", "lora_window", "pte_paper", "pte_read", "pte_delta")
+FORGETTING_WINDOWS = 32
+"""Room for many queries whose values left 64 evictions ago."""
 WINDOWS_BEYOND_TRAINING = (0, 4, 16, 32, 64)
 RL_ARMS = ("pte_delta", "lora_window", "lora_full")
 COST_ARMS = ("base_full", "lora_full", "lora_window", "lora_h2o", "pte_paper", "pte_read", "pte_delta")
@@ -59,7 +60,8 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
             parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
         parts += capacity_parts(levels["recall-32"], seed=seed)
-        parts += stream_parts(levels["recall-stream"], seed=seed)
+        parts += forgetting_parts(levels["recall-stream"], seed=seed)
+        parts += length_parts(levels["recall-length"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
         parts += transfer_parts(levels, seed=seed)
         if seed == 0:
@@ -145,10 +147,10 @@ def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: Stag
 
 
 def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
-    """Recall of 4 to 128 facts: every rule at rank 32, and at the first seed other ranks with rule `delta`."""
-    ranks = [32] if seed else CAPACITY_RANKS
+    """Recall of 4 to 128 facts with rule `delta` at rank 32; at the first seed other ranks and rules too."""
+    more = [("pte_delta", 8), ("pte_delta", 16), ("pte_delta", 64), ("pte_read", 32), ("pte_paper", 32)]
     for facts in CAPACITY_FACTS:
-        for arm, rank in [("pte_delta", rank) for rank in ranks] + [("pte_read", 32), ("pte_paper", 32)]:
+        for arm, rank in [("pte_delta", 32)] if seed else [("pte_delta", 32), *more]:
             config = seeded(level.with_facts(facts), seed)
             config = replace(config, adapter=replace(config.adapter, rank=rank))
             about = Label("capacity", level.task, arm, "warm_start", seed, {"facts": facts, "rank": rank})
@@ -161,21 +163,31 @@ def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
             )
 
 
-def stream_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
-    """Streams of facts and queries: accuracy by age of eviction, and far beyond the length of the training."""
-    lengths = [level.windows + beyond for beyond in WINDOWS_BEYOND_TRAINING]
+def forgetting_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """Streams that ask for far more facts than a state holds: accuracy by how many evictions ago a value left."""
+    longer = level.stream(windows=FORGETTING_WINDOWS)
+    for arm in RULES:
+        about = Label("forgetting", level.task, arm, "warm_start", seed)
+        yield TrainedPart(
+            name=f"forgetting-{arm}-seed{seed}",
+            config=seeded(level.config, seed),
+            arm=arm,
+            readings=(Reading(about, seeded(longer, seed), kind="age"),),
+            after=level.base,
+        )
+
+
+def length_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+    """Streams that ask for facts that a state can hold, far beyond the length of the training."""
     for arm in LENGTH_ARMS:
         readings = []
-        if arm in RULES:
-            longest = level.stream(windows=lengths[-1])
-            about = Label("forgetting", level.task, arm, "warm_start", seed)
-            readings.append(Reading(about, seeded(longest, seed), kind="age"))
-        for windows in lengths:
+        for beyond in WINDOWS_BEYOND_TRAINING:
+            windows = level.windows + beyond
             setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
             about = Label("length", level.task, arm, "warm_start", seed, setting)
             readings.append(Reading(about, seeded(level.stream(windows=windows), seed), kind="queries"))
         yield TrainedPart(
-            name=f"stream-{arm}-seed{seed}",
+            name=f"length-{arm}-seed{seed}",
             config=seeded(level.config, seed),
             arm=arm,
             readings=tuple(readings),

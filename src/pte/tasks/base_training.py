@@ -224,16 +224,15 @@ def measure_base(
 ) -> BaseAccuracy:
     """How often a saved base is right on held-out problems of one shape.
 
-    Completions are greedy, or sampled at temperature 1 for a family whose completions choose something at random.
+    Completions are greedy, or sampled for a family whose completions choose something at random.
     """
     problems = family.generate(count, seed=0, split="heldout", **shape)
-    temperature = 1.0 if family.sampled else 0.0
-    completions = base_completions(folder, problems, temperature=temperature, seed=0, device=device)
+    completions = base_completions(folder, problems, temperature=family.temperature, seed=0, device=device)
     right = family.accuracy(completions=completions, answer=[problem.answer for problem in problems])
     return BaseAccuracy(
         problems=count,
         right_fraction=sum(float(one or 0) for one in right) / count,
-        temperature=temperature,
+        temperature=family.temperature,
         completion_tokens=max(len(problem.trace.split()) for problem in problems),
     )
 

@@ -29,7 +29,9 @@ RECALL_FACTS = (4, 8, 16, 32, 64, 128)
 MEASURED_PROBLEMS = 256
 TOKENS_PER_STEP = 4000
 STREAM_AGE = 72
-"""Facts that a query of a stream may be away."""
+"""Facts that a query of a stream may be away: more than 64 evictions of two tokens."""
+NEAR_AGE = 16
+"""The same in streams that a state can hold: fewer facts than its rank."""
 PERMUTATION_MOVES = 3
 PERMUTATION_TOKENS_PER_STEP = 2500
 
@@ -55,14 +57,14 @@ def draw_recall(rng: random.Random, done: float) -> list[GeneratedProblem]:
     """Lists of up to 8 facts at first, of up to 128 in the last half, and streams from a quarter on.
 
     Any number of facts goes with any number of queries: a model that is shown few pairs of the two counts positions
-    instead of looking for the last key.
+    instead of looking for the last key. One list in seven is as long as its time allows.
     """
     most = next(most for until, most in ((0.1, 8), (0.2, 16), (0.3, 32), (0.45, 64), (1.0, 128)) if done < until)
-    num_facts = int(2 ** rng.uniform(2, math.log2(most + 1)))
+    num_facts = most if rng.random() < 1 / 7 else int(2 ** rng.uniform(2, math.log2(most + 1)))
     num_queries = rng.randint(1, min(num_facts, 16))
     max_age: int | None = None
-    if done > 0.25 and rng.random() < 0.3:
-        num_queries, max_age = num_facts // recall.FACTS_PER_QUERY, STREAM_AGE
+    if done > 0.25 and rng.random() < 0.4:
+        num_queries, max_age = num_facts // recall.FACTS_PER_QUERY, rng.choice((NEAR_AGE, STREAM_AGE))
         num_facts = recall.FACTS_PER_QUERY * num_queries
     return recall.generate_problems(
         max(4, TOKENS_PER_STEP // (num_facts + 3 * num_queries)),
@@ -109,7 +111,7 @@ RECIPES: dict[str, BaseRecipe] = {
         families=("recall",),
         draw_batch=draw_recall,
         settings=BaseSettings(
-            steps=2400, peak_lr=3e-3, size=BaseSize(rope_theta=1e6, initializer_range=0.06, intermediate_size=256)
+            steps=3600, peak_lr=3e-3, size=BaseSize(rope_theta=1e6, initializer_range=0.06, intermediate_size=256)
         ),
         measured=(
             *(("recall", {"num_facts": number, "num_queries": min(number, 8)}) for number in RECALL_FACTS),

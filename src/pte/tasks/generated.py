@@ -49,14 +49,15 @@ class Family:
             on every machine; the parameters of the shape are fields of the configuration's task section.
         accuracy: 1.0 where a completion is right; gets the problems' answers.
         vocabulary: Every token, in the order of its ids, `COMMON_TOKENS` first.
-        sampled: Whether completions choose something at random, so that a greedy one means nothing.
+        temperature: At which completions are scored; above 0 where they choose something at random, so that a greedy
+            one means nothing.
     """
 
     name: str
     generate: Callable[..., list[GeneratedProblem]]
     accuracy: RewardFunction
     vocabulary: Callable[[], list[str]]
-    sampled: bool = False
+    temperature: float = 0.0
 
     @property
     def shape_fields(self) -> tuple[str, ...]:

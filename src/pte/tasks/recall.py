@@ -16,11 +16,12 @@ about one of the last `max_age` facts, and so on; after the last key comes the f
     prompt  <bos> key17 ...
     trace   key17=4 key18=0 ask17 key17=4 key19=6 key20=4 ask19 key19=6 ...
 
-Completions are sampled: a greedy policy has no choice to make. A policy that writes one value always would need no
-memory, so a completion is wrong where a value stands in more than n / 8 + 4 sqrt(n / 8) + 1 of its n facts: uniform
-draws break this less than once in 1000 completions. The rule refuses nothing below five facts, and does not see a
-policy whose values follow from the keys, nor one that asks for new facts only; compare `read_completion(...)` over
-problems.
+Completions are sampled: a greedy policy has no choice to make. Everything that is chosen is drawn uniformly, so that a
+temperature below 1, which spares the policy slips at tokens that it does not choose, changes no distribution. A policy
+that writes one value always would need no memory, so a completion is wrong where a value stands in more than
+n / 8 + 4 sqrt(n / 8) + 1 of its n facts: uniform draws break this less than once in 1000 completions. The rule refuses
+nothing below five facts, and does not see a policy whose values follow from the keys, nor one that asks for new facts
+only; compare `read_completion(...)` over problems.
 """
 
 import math
@@ -269,7 +270,7 @@ def _draw_lists(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[
 
 
 def _draw_streams(rng: random.Random, *, shape: _Shape, split: Split) -> Iterator[GeneratedProblem]:
-    """Endless streams with values that vary; ages of the queries are drawn from each octave alike."""
+    """Endless streams with values that vary; a query asks for each of the last facts alike."""
     assert shape.max_age is not None
     while True:
         first = rng.randrange(shape.num_keys)
@@ -280,7 +281,7 @@ def _draw_streams(rng: random.Random, *, shape: _Shape, split: Split) -> Iterato
             facts.append(f"{key}={rng.randrange(NUM_VALUES)}")
             trace.append(facts[-1])
             if len(facts) % FACTS_PER_QUERY == 0:
-                asked = facts[-_draw_age(rng, most=min(shape.max_age, len(facts)))]
+                asked = facts[-rng.randint(1, min(shape.max_age, len(facts)))]
                 trace += [asked.partition("=")[0].replace("key", "ask"), asked]
         if not _values_vary([fact.partition("=")[2] for fact in facts]):
             continue
@@ -291,11 +292,6 @@ def _draw_streams(rng: random.Random, *, shape: _Shape, split: Split) -> Iterato
             trace=" ".join(trace),
             split=split,
         )
-
-
-def _draw_age(rng: random.Random, *, most: int) -> int:
-    """Facts back from here, 1 to `most`, each octave alike."""
-    return min(most, int(2 ** rng.uniform(0, math.log2(most + 1))))
 
 
 def _checked_shape(num_facts: int, num_queries: int, num_keys: int, max_age: int | None) -> _Shape:
@@ -325,4 +321,4 @@ def _checked_shape(num_facts: int, num_queries: int, num_keys: int, max_age: int
     return _Shape(num_facts, num_queries, num_keys, max_age)
 
 
-FAMILY = Family("recall", generate_problems, all_right, vocabulary, sampled=True)
+FAMILY = Family("recall", generate_problems, all_right, vocabulary, temperature=0.5)
