@@ -137,3 +137,19 @@ def test_grpo_with_and_without_a_warm_start_are_curves_of_their_own() -> None:
         "chained without a warm start",
     ]
     assert [row[4][:4] for row in section.tables[0].rows] == ["0.75", "0.00"]
+
+
+def test_a_training_that_stopped_is_named_and_is_no_score() -> None:
+    rows = (
+        measured("arms", "lora_full", 0.9, stage="warm_start", windows=8),
+        measured("arms", "lora_window", 0.1, stage="warm_start", windows=8),
+        measured("arms", "pte_paper", 37.0, "stopped_at_step", seed=1, stage="warm_start", windows=8),
+    )
+    run = RecordedRun("it", "evidence", {}, parts=(Part("p", "arms", 1.0, None, rows),))
+    report = build_report([run], command="pte report it")
+    assert report.notes == (
+        "PTE, rule paper (chained, 8 windows, seed 1) stopped at step 37, as its loss, gradient or log-prob gap was "
+        "not sound; it has no scores in the section 'arms'.",
+    )
+    (section,) = report.sections
+    assert [row[0] for row in section.tables[0].rows] == ["LoRA, full cache", "LoRA, window (LoRA_c)"]

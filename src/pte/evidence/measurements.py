@@ -1,20 +1,18 @@
-"""What an evidence run writes down: one flat row per number, one JSON file per part.
+"""What an evidence run writes down: what its numbers are about, and one JSON file per part.
 
-Decides: the format that the report reads. A part's file appears when the part is done, whole or not at all.
+A part's file appears when the part is done, whole or not at all. What a row holds: `pte.report.measurements`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from pte.report.measurements import Measurement
 from pte.run_record import commit, replace_synced
-
-if TYPE_CHECKING:
-    from pte.checkpoint_files import Json
 
 PARTS = "parts"
 StageName = Literal["none", "warm_start", "grpo", "both"]
@@ -40,34 +38,27 @@ class Label:
     seed: int = 0
     setting: Mapping[str, float | str] = field(default_factory=dict)
 
+    def measured(self, metric: str, value: float, *, right: int | None = None, total: int | None = None) -> Measurement:
+        """A number about it.
 
-@dataclass(frozen=True)
-class Measurement:
-    """One number.
-
-    Args:
-        label: What it is about.
-        metric: What was measured; units are in the name.
-        value: The number.
-        right: Right answers, where the number is a share of answers.
-        total: Answers, likewise.
-    """
-
-    label: Label
-    metric: str
-    value: float
-    right: int | None = None
-    total: int | None = None
-
-    def as_json(self) -> dict[str, Json]:
-        """A flat row."""
-        return {
-            **asdict(self.label),
-            "metric": self.metric,
-            "value": self.value,
-            "right": self.right,
-            "total": self.total,
-        }
+        Args:
+            metric: What was measured; units are in the name.
+            value: The number.
+            right: Right answers, where the number is a share of answers.
+            total: Answers, likewise.
+        """
+        return Measurement(
+            question=self.question,
+            task=self.task,
+            arm=self.arm,
+            stage=self.stage,
+            seed=self.seed,
+            setting=tuple(self.setting.items()),
+            metric=metric,
+            value=value,
+            right=right,
+            total=total,
+        )
 
 
 def part_file(directory: Path, part: str) -> Path:

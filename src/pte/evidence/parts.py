@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pte.arms import arm_config
 from pte.evidence.cost import measure_cost, memory_over_tokens
 from pte.evidence.levels import BASES
-from pte.evidence.measurements import Label, Measurement, write_part
+from pte.evidence.measurements import Label, write_part
 from pte.evidence.readings import Reading, read, show
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import open_run, train
@@ -27,6 +27,7 @@ from pte.tasks.bases import make_base
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
+    from pte.report.measurements import Measurement
 
 RUNS = "runs"
 ROLLOUTS = "rollouts"
@@ -121,10 +122,10 @@ def run_base(part: BasePart, directory: Path) -> None:
     for row in record["accuracy"]:
         label = Label("bases", row["family"], "base_full", setting=row["shape"])
         right = round(row["right_fraction"] * row["problems"])
-        measurements.append(Measurement(label, "accuracy", row["right_fraction"], right=right, total=row["problems"]))
+        measurements.append(label.measured("accuracy", row["right_fraction"], right=right, total=row["problems"]))
     about = Label("bases", part.base, "base_full")
-    measurements.append(Measurement(about, "parameters", record["parameters"]))
-    measurements.append(Measurement(about, "training_seconds", record["training_seconds"]))
+    measurements.append(about.measured("parameters", record["parameters"]))
+    measurements.append(about.measured("training_seconds", record["training_seconds"]))
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
 
 
@@ -133,10 +134,10 @@ def run_cost(part: CostPart, directory: Path) -> None:
     started = time.perf_counter()
     config = arm_config(part.config, part.label.arm)
     costs = measure_cost(config)
-    measurements = [Measurement(part.label, name, costs[name]) for name in part.metrics or costs if name in costs]
+    measurements = [part.label.measured(name, costs[name]) for name in part.metrics or costs if name in costs]
     for row in memory_over_tokens(config, part.lengths):
         label = replace(part.label, question="memory", setting={"tokens": row["tokens"]})
-        measurements += [Measurement(label, name, value) for name, value in row.items() if name != "tokens"]
+        measurements += [label.measured(name, value) for name, value in row.items() if name != "tokens"]
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
 
 
@@ -173,7 +174,7 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
         train(run, on_step=lambda _, step, __: between_stages(step))
     except TrainingStopped as stop:
         print(f"{part.name}: {stop}", flush=True)
-        stopped = [Measurement(part.readings[0].label, "stopped_at_step", float(1 + len(metrics_rows(own))))]
+        stopped = [part.readings[0].label.measured("stopped_at_step", float(1 + len(metrics_rows(own))))]
     measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
     if part.shown:
         show(run.session, part.readings[0], directory / ROLLOUTS / f"{part.name}.json")
@@ -189,7 +190,7 @@ def between_measurements(part: TrainedPart, own: Path) -> list[Measurement]:
     rows = json.loads(path.read_text(encoding="utf-8"))
     each = len(rows) // len(part.between)
     return [
-        Measurement(part.between[index // each].label, metric, value, right=right, total=total)
+        part.between[index // each].label.measured(metric, value, right=right, total=total)
         for index, (metric, value, right, total) in enumerate(rows)
     ]
 
@@ -206,7 +207,7 @@ def curve(part: TrainedPart, own: Path) -> list[Measurement]:
         tokens += row["completion_tokens"] * completions
         setting = {"step": row["step"], "seconds": round(seconds, 2), "tokens": tokens}
         label = replace(part.curve, setting={**part.curve.setting, **setting})
-        measurements += [Measurement(label, name, row[name]) for name in CURVE_METRICS if row.get(name) is not None]
+        measurements += [label.measured(name, row[name]) for name in CURVE_METRICS if row.get(name) is not None]
     return measurements
 
 
@@ -216,7 +217,7 @@ def costs(part: TrainedPart, own: Path) -> list[Measurement]:
     if part.cost is None or not rows:
         return []
     settled = sorted(row["seconds"] for row in rows[len(rows) // 10 :])
-    return [Measurement(part.cost, "step_seconds", settled[len(settled) // 2])]
+    return [part.cost.measured("step_seconds", settled[len(settled) // 2])]
 
 
 def metrics_rows(own: Path, *, stage: str | None = None) -> list[dict[str, float]]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pte.arms import arm_config
-from pte.evidence.measurements import Label, Measurement
 from pte.model.segment import fold
 from pte.rollout.record import collate
 from pte.rollout.replay import expanded_first_state
@@ -28,8 +27,10 @@ from pte.tasks.rollouts_file import ROLLOUTS, write_rollouts
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
+    from pte.evidence.measurements import Label
     from pte.method.cache import EvictedTokens
     from pte.method.schedule import EvictionSchedule
+    from pte.report.measurements import Measurement
     from pte.tasks.evaluate import EvaluatedCompletion
 
 ReadingKind = Literal["accuracy", "age", "queries", "state_size"]
@@ -85,14 +86,14 @@ def read(session: Session, reading: Reading) -> list[Measurement]:
         found = [read_completion(one.text, one.problem.answer) for one in completions]
         total = sum(one.expected_queries for one in found)
         right = round(sum(one.fraction_right * one.expected_queries for one in found))
-        return [Measurement(reading.label, "accuracy", right / total, right=right, total=total)]
+        return [reading.label.measured("accuracy", right / total, right=right, total=total)]
     total = evaluation.problems * evaluation.samples_per_problem
     right = round(evaluation.accuracy * total)
     return [
-        Measurement(reading.label, "accuracy", evaluation.accuracy, right=right, total=total),
-        Measurement(reading.label, "cache_bytes", float(evaluation.peak_cache_bytes)),
-        Measurement(reading.label, "evictions", evaluation.evictions),
-        Measurement(reading.label, "completion_tokens", evaluation.completion_tokens),
+        reading.label.measured("accuracy", evaluation.accuracy, right=right, total=total),
+        reading.label.measured("cache_bytes", float(evaluation.peak_cache_bytes)),
+        reading.label.measured("evictions", evaluation.evictions),
+        reading.label.measured("completion_tokens", evaluation.completion_tokens),
     ]
 
 
@@ -114,12 +115,8 @@ def accuracy_by_age(
             right[octave] += correct
             total[octave] += 1
     return [
-        Measurement(
-            replace(label, setting={**label.setting, "evictions_ago": age}),
-            "accuracy",
-            right[age] / total[age],
-            right=right[age],
-            total=total[age],
+        replace(label, setting={**label.setting, "evictions_ago": age}).measured(
+            "accuracy", right[age] / total[age], right=right[age], total=total[age]
         )
         for age in sorted(total)
     ]
@@ -161,8 +158,8 @@ def state_sizes(session: Session, label: Label) -> list[Measurement]:
             here = replace(label, setting={**label.setting, "evictions": eviction})
             read_state = adapter.encoder.read(state)
             measurements += [
-                Measurement(here, "state_norm", state.norm(dim=(2, 3)).max().item()),
-                Measurement(here, "read_norm", read_state.norm(dim=(2, 3)).max().item()),
+                here.measured("state_norm", state.norm(dim=(2, 3)).max().item()),
+                here.measured("read_norm", read_state.norm(dim=(2, 3)).max().item()),
             ]
     return measurements
 

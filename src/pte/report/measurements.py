@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 Value = float | int | str
@@ -43,6 +43,10 @@ class Measurement:
     value: float
     right: int | None = None
     total: int | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """A flat row, as `parse_measurement` reads it."""
+        return {**asdict(self), "setting": dict(self.setting)}
 
     def at(self, key: str) -> Value | None:
         """A condition of the setting; None where it is not given."""

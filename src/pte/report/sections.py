@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pte.report import questions, ranking, style, work
 from pte.report.derived import measurements_of
-from pte.report.measurements import Measurement, grouped, seeds_of
+from pte.report.measurements import Measurement, grouped, of_metric, seeds_of, words
 from pte.report.section import Section
 from pte.report.tables import NOTHING, Table
 
@@ -31,6 +31,7 @@ QUESTIONS: dict[str, Callable[[Sequence[Measurement]], Section]] = {
     "rl": work.rl_section,
     "rules": questions.rules_section,
 }
+STOPPED = "stopped_at_step"
 LOGPROB_DIGITS = 5
 COMMIT_LETTERS = 10
 
@@ -73,7 +74,8 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
     measurements = measurements_of(runs)
     sections = [*([comparison] if (comparison := stages_section(runs)) is not None else [])]
     failed: list[str] = []
-    by_question = grouped(measurements, lambda one: one.question)
+    stopped = of_metric(measurements, STOPPED)
+    by_question = grouped((one for one in measurements if one.metric != STOPPED), lambda one: one.question)
     for question in [*QUESTIONS, *sorted(set(by_question) - set(QUESTIONS))]:
         if question in by_question:
             try:
@@ -97,7 +99,7 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
         else f"Report: {', '.join(dict.fromkeys(run.name for run in runs))}",
         lead=f"Read from {' and '.join(counts)}. Intervals are 95 %; captions say what was measured and how often.",
         facts=facts(runs, measurements),
-        notes=(*notes, *(note for run in runs for note in run.notes), *failed),
+        notes=(*notes, *(note for run in runs for note in run.notes), *map(stopped_note, stopped), *failed),
         sections=tuple(sections),
         viewer=viewer,
         provenance=tuple(provenance(runs)),
@@ -105,6 +107,15 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
             (run.path, json.dumps(run.record["config"], indent=2)) for run in runs if run.record.get("config")
         ),
         command=command,
+    )
+
+
+def stopped_note(stop: Measurement) -> str:
+    """What a training that ended early was, and where it ended."""
+    where = ", ".join(filter(None, (stop.task, words(stop.setting), f"seed {stop.seed}")))
+    return (
+        f"{style.label(stop.arm)} ({where}) stopped at step {stop.value:.0f}, as its loss, gradient or log-prob gap "
+        f"was not sound; it has no scores in the section {stop.question!r}."
     )
 
 
