@@ -48,8 +48,8 @@ def completion(text: str, answer: str = ANSWER) -> EvaluatedCompletion:
 def by_age(*texts: str, schedule: EvictionSchedule = SCHEDULE) -> dict[object, tuple[int | None, int | None, float]]:
     found = accuracy_by_age([completion(text) for text in texts], LABEL, schedule=schedule)
     assert {one.metric for one in found} == {"accuracy"}
-    assert all(one.label.setting["rank"] == 4 for one in found), "further conditions stay"
-    return {one.label.setting["evictions_ago"]: (one.right, one.total, one.value) for one in found}
+    assert all(one.at("rank") == 4 for one in found), "further conditions stay"
+    return {one.at("evictions_ago"): (one.right, one.total, one.value) for one in found}
 
 
 def test_the_age_of_a_query_is_the_number_of_evictions_since_its_fact_left() -> None:
@@ -100,8 +100,7 @@ def test_a_reading_of_queries_counts_those_that_were_never_answered_as_wrong(mon
     completions = [completion(text) for text in texts]
     monkeypatch.setattr(readings, "evaluate_session", lambda *_, **__: (None, completions))
     (found,) = read(session, Reading(LABEL, config, kind="queries"))
-    assert (found.label, found.metric) == (LABEL, "accuracy")
-    assert (found.right, found.total, found.value) == (4 + 3 + 2, 20, 0.45)
+    assert found == LABEL.measured("accuracy", 0.45, right=4 + 3 + 2, total=20)
 
 
 def test_under_the_full_cache_every_value_is_still_kept() -> None:
@@ -116,7 +115,9 @@ def test_a_reading_scores_under_its_own_cache_whatever_the_session_has() -> None
         assert (found["evictions"].value > 0) == evicts
         assert found["accuracy"].total == 3
         assert found["accuracy"].right == round(3 * found["accuracy"].value)
-        assert all(one.label == label for one in found.values())
+        assert all(
+            one == label.measured(one.metric, one.value, right=one.right, total=one.total) for one in found.values()
+        )
     assert not session.policy.schedule.is_full, "the session keeps its own"
 
 
@@ -168,5 +169,5 @@ def test_state_sizes_are_those_of_folding_the_blocks_one_by_one_and_again(
         if eviction in (1, 2, 4, 8, 9):
             for name, one in (("state_norm", state), ("read_norm", adapter.encoder.read(state))):
                 expected[name, eviction] = max(torch.linalg.matrix_norm(one).flatten().tolist())
-    found = {(one.metric, one.label.setting["evictions"]): one.value for one in state_sizes(session, LABEL)}
+    found = {(one.metric, one.at("evictions")): one.value for one in state_sizes(session, LABEL)}
     assert found == pytest.approx(expected, rel=1e-9)
