@@ -7,6 +7,7 @@ import torch
 
 from pte.evidence.flops import counted_flops
 from pte.method.adapter import LINEAR_MAPS
+from pte.method.thought import UpdateRule
 from pte.model.policy import BoundedPolicy, layer_sizes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import RolloutRequest, collate
@@ -51,9 +52,10 @@ def test_the_window_and_the_adapter_cost_what_the_formula_says() -> None:
     assert window == BATCH * (full - kept)
 
 
-def test_folding_and_reading_the_state_cost_what_the_formula_of_rule_read_says() -> None:
+@pytest.mark.parametrize("rule", ["read", "delta"])
+def test_folding_and_reading_the_state_cost_what_the_formula_of_the_rule_says(rule: UpdateRule) -> None:
     thought, lora = (
-        rollout_flops(tiny_policy(kind=kind, global_tokens=3, update_rule="read")) for kind in ("thought", "lora")
+        rollout_flops(tiny_policy(kind=kind, global_tokens=3, update_rule=rule)) for kind in ("thought", "lora")
     )
     entered = BATCH * (PROMPT + TOKENS - 1)
     read = 2 * LAYERS * len(LINEAR_MAPS) * RANK * RANK * entered
@@ -65,7 +67,10 @@ def test_folding_and_reading_the_state_cost_what_the_formula_of_rule_read_says()
 
     # Keys and values of three global tokens, once; blocks leave before tokens 8, 12 and 16 enter.
     first = 2 * 2 * LAYERS * 3 * HIDDEN * KV_DIM + fold(3, 1)
-    assert thought - lora == read + first + 3 * fold(BLOCK, BATCH)
+    # Rule delta also asks what S answers to each address, how addresses overlap, and solves for the corrections.
+    corrected = 2 * BLOCK * RANK * RANK + 2 * BLOCK * BLOCK * RANK + BLOCK * BLOCK * RANK
+    more = 3 * BATCH * LAYERS * corrected if rule == "delta" else 0
+    assert thought - lora == read + first + 3 * fold(BLOCK, BATCH) + more
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
