@@ -1,8 +1,9 @@
 """FLOPs of a piece of work, counted as its operations run, not estimated.
 
 Decides: what counts. A matrix product of (m, k) and (k, n) is 2 m k n, attention is its two products over all slots
-that the kernel is given, masked ones included, its backward is torch's convention of five such products, solving a triangular system
-of (m, m) for (m, n) is m m n, and whatever is computed a second time in a backward pass counts a second time.
+that the kernel is given, masked ones included, its backward is torch's convention of five such products, solving a
+triangular system of (m, m) for (m, n) is m m n, and whatever is computed a second time in a backward pass counts a
+second time.
 Not counted, as in torch's counter: everything elementwise (norms, softmax, rotations, activations, sampling, the
 optimizer), look-ups, copies. torch 2.13 counts neither the attention kernel of the CPU nor products added in place, as
 a decode step makes them, nor triangular systems, as rule `delta` solves them, so their formulas are added here.
