@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/make_base.py recall models/recall
 
 Trains it from scratch, measures it on held-out problems with Transformers' own `generate`, and writes weights,
-tokenizer and `training.json` into the folder. A folder that holds the whole base already is left as it is.
+tokenizer and `training.json`, which it shows in the end, into the folder. A folder that holds the whole base already
+is left as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pte.tasks.base_training import RECORD_FILE, print_step
 from pte.tasks.bases import RECIPES, make_base
 
 
@@ -24,7 +26,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="other numbers may give other weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    make_base(options.base, options.folder, on_progress=lambda line: print(line, flush=True))
+    make_base(options.base, options.folder, on_step=print_step)
+    print((options.folder / RECORD_FILE).read_text())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pte.tasks import chained
-from pte.tasks.base_training import BaseSettings, BaseSize, base_completions, train_base, write_record
+from pte.tasks.base_training import BaseSettings, BaseSize, base_completions, print_step, train_base, write_record
 from pte.tasks.generated import GeneratedProblem
 
 EVALUATED_STATEMENTS = (1, 2, 4, 6, 8, 10, 11, 12, 13, 14, 15, 16, 18, 20)
@@ -106,7 +106,7 @@ def main() -> None:
         vocabulary=chained.vocabulary(),
         draw_batch=lambda rng, done: draw_batch(rng, options.batch),
         settings=settings,
-        on_progress=lambda line: print(line, flush=True),
+        on_step=print_step,
     )
     accuracy = {}
     for number in EVALUATED_STATEMENTS:

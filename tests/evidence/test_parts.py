@@ -198,6 +198,8 @@ def test_a_base_is_made_once_and_its_record_becomes_measurements(
     assert (accuracy["right"], accuracy["total"]) == (0, 4), "two steps teach nothing"
     assert (parameters["metric"], parameters["value"]) == ("parameters", record["parameters"])
     assert (seconds["metric"], seconds["value"]) == ("training_seconds", record["training_seconds"])
+    lines = (tmp_path / "runs" / "base-tiny" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2], "a bar can follow it"
     weights = tmp_path / "bases" / "tiny" / "model.safetensors"
     made = weights.stat().st_mtime_ns
     run_base(part, tmp_path)

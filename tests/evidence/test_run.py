@@ -166,8 +166,12 @@ def test_every_part_of_the_plan_is_a_job_that_a_process_can_be_given_and_a_bar_c
         assert (job.name, job.after) == (part.name, part.after)
         name = {BasePart: "run_base", ScoredPart: "run_scored", TrainedPart: "run_trained", CostPart: "run_cost"}
         assert job.work.__name__ == name[type(part)]
-        if isinstance(part, TrainedPart):
-            assert job.steps == part.config.distill.steps + part.config.train.steps > 0
+        if isinstance(part, TrainedPart | BasePart):
+            trained = isinstance(part, TrainedPart)
+            steps = (
+                part.config.distill.steps + part.config.train.steps if trained else RECIPES[part.base].settings.steps
+            )
+            assert job.steps == steps > 0
             assert job.metrics == tmp_path / "runs" / part.name / "metrics.jsonl"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from pte.tasks import bases
 from pte.tasks.base_training import (
     BaseSettings,
     BaseSize,
+    BaseStep,
     build_tokenizer,
     encode_batch,
     is_complete,
@@ -47,36 +47,35 @@ def draw_in_turn(rng: random.Random, done: float) -> Sequence[GeneratedProblem]:
     return BOTH[1].generate(2, seed=seed, split="train", num_statements=2)
 
 
-def make_tiny(folder: Path, settings: BaseSettings = TINY) -> list[str]:
-    lines: list[str] = []
+def make_tiny(folder: Path, settings: BaseSettings = TINY) -> list[BaseStep]:
+    steps: list[BaseStep] = []
     vocabulary = joint_vocabulary(BOTH)
-    train_base(folder, vocabulary=vocabulary, draw_batch=draw_in_turn, settings=settings, on_progress=lines.append)
-    return lines
+    train_base(folder, vocabulary=vocabulary, draw_batch=draw_in_turn, settings=settings, on_step=steps.append)
+    return steps
 
 
 def test_the_same_settings_give_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
-    lines = make_tiny(tmp_path / "one")
+    steps = make_tiny(tmp_path / "one")
     torch.rand(3)
     make_tiny(tmp_path / "two")
     make_tiny(tmp_path / "other", replace(TINY, seed=1))
     one, two, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
-    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
+    assert [str(step).split()[1] for step in steps] == ["1/3", "2/3", "3/3"]
 
 
 def test_training_lowers_the_loss_of_the_reasoning_tokens(tmp_path: Path) -> None:
     problems = draw_in_turn(random.Random(0), 0.0)
-    lines: list[str] = []
+    steps: list[BaseStep] = []
     train_base(
         tmp_path,
         vocabulary=joint_vocabulary(BOTH),
         draw_batch=lambda rng, done: problems,
         settings=replace(TINY, steps=100, peak_lr=2e-2),
-        on_progress=lines.append,
+        on_step=steps.append,
     )
-    losses = [float(re.search(r"loss (\S+)", line).group(1)) for line in lines]
-    assert losses[-1] < losses[0] / 2, "the same two traces at every step"
+    assert steps[-1].loss < steps[0].loss / 2, "the same two traces at every step"
 
 
 def test_the_saved_tokenizer_has_a_token_for_each_word_of_the_vocabulary_and_refuses_others(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_base_that_solves_its_task_measures_as_right_and_an_untrained_one_as_w
     assert (solved.right_fraction, solved.temperature, solved.completion_tokens) == (1.0, 0.0, 44)
     make_tiny(tmp_path)
     drawn = measure_base(tmp_path, FAMILIES["recall"], shape={"num_facts": 4, "num_queries": 2}, count=8)
-    assert (drawn.right_fraction, drawn.temperature, drawn.completion_tokens) == (0.0, 1.0, 9)
+    assert (drawn.right_fraction, drawn.temperature, drawn.completion_tokens) == (0.0, 0.5, 9)
 
 
 def test_a_base_is_whole_once_it_has_been_measured_and_is_then_not_made_again(
@@ -129,21 +128,21 @@ def test_a_base_is_whole_once_it_has_been_measured_and_is_then_not_made_again(
     monkeypatch.setattr(bases, "MEASURED_PROBLEMS", 4)
     make_tiny(tmp_path)
     assert not is_complete(tmp_path, TINY), "weights alone"
-    lines: list[str] = []
-    make_base("tiny", tmp_path, on_progress=lines.append)
+    steps: list[BaseStep] = []
+    make_base("tiny", tmp_path, on_step=steps.append)
+    assert [step.step for step in steps] == [1, 2, 3]
     assert is_complete(tmp_path, TINY) and not is_complete(tmp_path, replace(TINY, seed=1))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["base"] == "tiny" and record["settings"]["size"]["hidden_size"] == 16
     (row,) = record["accuracy"]
     assert (row["family"], row["shape"], row["problems"], row["right_fraction"]) == ("recall", shape, 4, 0.0)
-    lines.clear()
-    make_base("tiny", tmp_path, on_progress=lines.append)
-    assert lines == [f"{tmp_path} holds the base 'tiny' already"]
+    make_base("tiny", tmp_path, on_step=steps.append)
+    assert len(steps) == 3, "nothing was trained"
 
 
 def test_an_unknown_base_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"base must be one of .*'recall'.*, got 'recal'; use one of these"):
-        make_base("recal", tmp_path, on_progress=print)
+        make_base("recal", tmp_path, on_step=print)
 
 
 @pytest.mark.parametrize("name", RECIPES)

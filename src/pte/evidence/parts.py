@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from pte.tasks.bases import make_base
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
     from pte.report.measurements import Measurement
+    from pte.tasks.base_training import BaseStep
 
 RUNS = "runs"
 ROLLOUTS = "rollouts"
@@ -116,7 +117,14 @@ def run_base(part: BasePart, directory: Path) -> None:
     """Makes a base in the run's directory, unless it is there, and writes down how often it is right."""
     started = time.perf_counter()
     folder = directory / BASES / part.base
-    make_base(part.base, folder, on_progress=lambda line: None)
+    metrics = base_metrics(directory, part)
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.open("w", encoding="utf-8", buffering=1) as lines:
+
+        def write_step(step: BaseStep) -> None:
+            lines.write(json.dumps({"stage": "base", **asdict(step)}) + "\n")
+
+        make_base(part.base, folder, on_step=write_step)
     record = json.loads((folder / BASE_RECORD_FILE).read_text(encoding="utf-8"))
     measurements = []
     for row in record["accuracy"]:
@@ -127,6 +135,11 @@ def run_base(part: BasePart, directory: Path) -> None:
     measurements.append(about.measured("parameters", record["parameters"]))
     measurements.append(about.measured("training_seconds", record["training_seconds"]))
     write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+
+
+def base_metrics(directory: Path, part: BasePart) -> Path:
+    """Where the steps of a base's training are written."""
+    return directory / RUNS / part.name / "metrics.jsonl"
 
 
 def run_cost(part: CostPart, directory: Path) -> None:

@@ -24,6 +24,7 @@ from pte.evidence.parts import (
     BasePart,
     CostPart,
     TrainedPart,
+    base_metrics,
     run_base,
     run_cost,
     run_scored,
@@ -122,11 +123,10 @@ def job_of(part: Part, directory: Path) -> Job:
         steps = part.config.distill.steps + part.config.train.steps
         metrics = directory / RUNS / part.name / "metrics.jsonl"
         return Job(part.name, run_trained, (part, directory), steps=steps, metrics=metrics, after=part.after)
-    work: Callable[..., None] = run_scored
     if isinstance(part, BasePart):
-        work = run_base
-    elif isinstance(part, CostPart):
-        work = run_cost
+        steps = RECIPES[part.base].settings.steps
+        return Job(part.name, run_base, (part, directory), steps=steps, metrics=base_metrics(directory, part))
+    work: Callable[..., None] = run_cost if isinstance(part, CostPart) else run_scored
     return Job(part.name, work, (part, directory), after=part.after)
 
 

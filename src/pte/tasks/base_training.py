@@ -26,7 +26,38 @@ from pte.tasks.generated import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, Family, Generat
 
 RECORD_FILE = "training.json"
 """Written last: a folder that has it holds a whole base."""
-PROGRESS_EVERY = 25
+
+
+@dataclass(frozen=True)
+class BaseStep:
+    """How far a training is.
+
+    Args:
+        step: From 1.
+        steps: In all.
+        loss: Mean cross-entropy of the reasoning tokens, nats.
+        right_fraction: Of the reasoning tokens that are the likeliest.
+        seconds: Since the first.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    right_fraction: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step:5d}/{self.steps}  loss {self.loss:.5f}  right {self.right_fraction:.4f}  "
+            f"{self.seconds:5.0f} s"
+        )
+
+
+def print_step(step: BaseStep) -> None:
+    """A line every 25 steps."""
+    if step.step % 25 == 1 or step.step == step.steps:
+        print(step, flush=True)
+
 
 DrawBatch = Callable[[random.Random, float], Sequence[GeneratedProblem]]
 """Problems of one training step, all of one length, from a generator and the part of the training done, 0 to 1."""
@@ -127,7 +158,7 @@ def train_base(
     vocabulary: Sequence[str],
     draw_batch: DrawBatch,
     settings: BaseSettings,
-    on_progress: Callable[[str], None],
+    on_step: Callable[[BaseStep], None],
 ) -> float:
     """Trains a base, saves weights and tokenizer into a folder, returns the seconds that training took.
 
@@ -136,7 +167,7 @@ def train_base(
         vocabulary: Tokens in the order of their ids.
         draw_batch: Training problems of a step, of one length each (prompts alike, traces alike).
         settings: Seed, size, optimisation.
-        on_progress: Called with a line every 25 steps.
+        on_step: Called after each step.
     """
     torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer(vocabulary, max_positions=settings.size.max_positions)
@@ -160,12 +191,8 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % PROGRESS_EVERY == 0 or step == settings.steps - 1:
-            right = (logits.argmax(-1) == targets).float().mean().item()
-            seconds = time.perf_counter() - start
-            on_progress(
-                f"step {step + 1:5d}/{settings.steps}  loss {loss.item():.5f}  right {right:.4f}  {seconds:5.0f} s"
-            )
+        right = (logits.argmax(-1) == targets).float().mean().item()
+        on_step(BaseStep(step + 1, settings.steps, loss.item(), right, time.perf_counter() - start))
     seconds = time.perf_counter() - start
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)

@@ -16,6 +16,7 @@ from pte.tasks import multiplication, permutation, recall
 from pte.tasks.base_training import (
     BaseSettings,
     BaseSize,
+    BaseStep,
     DrawBatch,
     is_complete,
     measure_base,
@@ -144,13 +145,13 @@ RECIPES: dict[str, BaseRecipe] = {
 }
 
 
-def make_base(name: str, folder: Path, *, on_progress: Callable[[str], None]) -> None:
+def make_base(name: str, folder: Path, *, on_step: Callable[[BaseStep], None]) -> None:
     """Trains and measures the base of a recipe, unless the folder holds it already.
 
     Args:
         name: In `RECIPES`.
         folder: For weights, tokenizer and `training.json`.
-        on_progress: Called with lines of text.
+        on_step: Called after each step of its training; never where the base is there already.
 
     Raises:
         ValueError: There is no such recipe.
@@ -159,18 +160,16 @@ def make_base(name: str, folder: Path, *, on_progress: Callable[[str], None]) ->
         raise ValueError(f"base must be one of {', '.join(map(repr, RECIPES))}, got {name!r}; use one of these")
     recipe = RECIPES[name]
     if is_complete(folder, recipe.settings):
-        on_progress(f"{folder} holds the base {name!r} already")
         return
     seconds = train_base(
         folder,
         vocabulary=joint_vocabulary([FAMILIES[family] for family in recipe.families]),
         draw_batch=recipe.draw_batch,
         settings=recipe.settings,
-        on_progress=on_progress,
+        on_step=on_step,
     )
     rows = []
     for family, shape in recipe.measured:
         accuracy = measure_base(folder, FAMILIES[family], shape=shape, count=MEASURED_PROBLEMS)
         rows.append({"family": family, "shape": dict(shape), **asdict(accuracy)})
-        on_progress(f"{family} {dict(shape)}: right {accuracy.right_fraction:.3f}")
     write_record(folder, {"base": name, "accuracy": rows}, recipe.settings, seconds=seconds)
