@@ -1,7 +1,9 @@
 """What an evidence run measures: tasks, arms, seeds and questions, as a list of parts per preset.
 
 Decides: every experiment of the evidence, in the order in which parts run: seed by seed, so that a run that has not
-ended yet has every question at its first seeds. All arms of a comparison get equal steps, batches and learning rates.
+ended yet has every question at its first seeds. Three seeds where arms and rules are compared; one for GRPO without a
+warm start, for ranks other than 32, and for the weaker controls of multiplication, whose training is the longest.
+All arms of a comparison get equal steps, batches and learning rates.
 What a part does is in `parts.py`, how a policy is scored in `readings.py`, which base is made how in `bases.py`.
 
 Windows are 8 tokens and blocks 2 throughout, the paper's quarter, unless a question varies them.
@@ -57,7 +59,8 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     parts: list[Part] = [part for level in compared for part in base_parts(level)]
     for seed in SEEDS[preset]:
         for level in compared:
-            parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
+            once = seed > 0 and level.name == "multiplication"
+            parts += arm_parts(level, MAIN_ARMS if once else (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
         parts += capacity_parts(levels["recall-32"], seed=seed)
         parts += forgetting_parts(levels["recall-stream"], seed=seed)
@@ -116,9 +119,10 @@ def arm_parts(level: Level, arms: Sequence[str], *, seed: int) -> Iterator[Train
 
 
 def rl_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
-    """GRPO after a short warm start, and GRPO alone; every score on samples and greedy."""
+    """GRPO after a short warm start, at the first seed also GRPO alone; every score on samples and greedy."""
+    stages: tuple[StageName, ...] = ("both",) if seed else ("both", "grpo")
     for arm in RL_ARMS:
-        for stage in ("both", "grpo"):
+        for stage in stages:
             config = seeded(level.config, seed)
             if stage == "grpo":
                 config = replace(config, distill=replace(config.distill, steps=0))
