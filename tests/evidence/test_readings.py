@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pte.evidence import readings
 from pte.evidence.measurements import Label
-from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries, state_sizes, trace_blocks
+from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries, share, state_sizes, trace_blocks
 from pte.method.cache import EvictedTokens
 from pte.method.schedule import EvictionSchedule
 from pte.model.segment import folded_keys
@@ -47,9 +47,10 @@ def completion(text: str, answer: str = ANSWER) -> EvaluatedCompletion:
 
 def by_age(*texts: str, schedule: EvictionSchedule = SCHEDULE) -> dict[object, tuple[int | None, int | None, float]]:
     found = accuracy_by_age([completion(text) for text in texts], LABEL, schedule=schedule)
-    assert {one.metric for one in found} == {"accuracy"}
     assert all(one.at("rank") == 4 for one in found), "further conditions stay"
-    return {one.at("evictions_ago"): (one.right, one.total, one.value) for one in found}
+    answered, *ages = found
+    assert answered.metric == "answered_fraction" and {one.metric for one in ages} <= {"accuracy"}
+    return {one.at("evictions_ago"): (one.right, one.total, one.value) for one in ages}
 
 
 def test_the_age_of_a_query_is_the_number_of_evictions_since_its_fact_left() -> None:
@@ -62,8 +63,31 @@ def test_ages_in_a_stream_are_those_of_the_facts_that_were_asked_for() -> None:
     stream = "key1=1 key2=2 ask1 key1=1 key3=3 key4=4 ask1 key1=1 key5=5 key6=6 ask6 key6=7"
     # Token 3 comes before any eviction. Token 7 is predicted as token 6 enters, after two evictions, of which the first
     # took token 0. Token 11 is predicted as token 10 enters, after four; its fact, token 9, leaves at eviction 4.
+    # Token 7 states again what token 3 had stated: its fact left later than token 0, and the query has no age.
     found = scored_queries(completion(stream, "key1 128 6 72"), SCHEDULE)
-    assert found == [(True, 0), (True, 2), (False, 0)]
+    assert found == [(True, 0), (False, 0)]
+
+
+def test_a_fact_that_is_written_anew_is_asked_for_the_first_time_again() -> None:
+    stream = "key0=1 key1=2 ask0 key0=1 key0=3 key1=4 ask0 key0=3 key0=5 key1=6 ask1 key1=6"
+    assert [right for right, _ in scored_queries(completion(stream, "key0 2 6 2"), SCHEDULE)] == [True, True, True]
+
+
+def test_queries_that_were_never_answered_are_said_beside_the_ages() -> None:
+    cut = " ".join(RIGHT.split()[:9])  # two of four answers
+    answered, *_ = accuracy_by_age([completion(RIGHT), completion(cut)], LABEL, schedule=SCHEDULE)
+    assert answered.value == 6 / 8
+
+
+def test_answers_to_one_problem_count_as_independent_as_they_are() -> None:
+    # Every problem all right or all wrong: 4 samples say no more than one. p (1 - p) / v, v = 2 * 4 / 16 / 16 * 4 / 3.
+    assert share(LABEL, "accuracy", [(4, 4), (0, 4), (4, 4), (0, 4)]) == LABEL.measured(
+        "accuracy", 0.5, right=2, total=4
+    )
+    # Every problem half right, the last one but for a chance: as good as independent.
+    assert share(LABEL, "accuracy", [(2, 4), (2, 4), (3, 4), (1, 4)]).total == 16
+    assert share(LABEL, "accuracy", [(1, 1), (0, 1), (1, 1)]) == LABEL.measured("accuracy", 2 / 3, right=2, total=3)
+    assert share(LABEL, "accuracy", [(4, 4), (4, 4), (0, 0)]) == LABEL.measured("accuracy", 1.0, right=2, total=2)
 
 
 def test_accuracy_by_age_counts_right_answers_in_octaves_over_all_completions() -> None:
@@ -100,11 +124,12 @@ def test_a_reading_of_queries_counts_those_that_were_never_answered_as_wrong(mon
     completions = [completion(text) for text in texts]
     monkeypatch.setattr(readings, "evaluate_session", lambda *_, **__: (None, completions))
     (found,) = read(session, Reading(LABEL, config, kind="queries"))
-    assert found == LABEL.measured("accuracy", 0.45, right=4 + 3 + 2, total=20)
+    assert found == share(LABEL, "accuracy", [(4, 4), (3, 4), (2, 4), (0, 4), (0, 4)])
+    assert found.value == (4 + 3 + 2) / 20
 
 
 def test_under_the_full_cache_every_value_is_still_kept() -> None:
-    assert by_age(RIGHT, schedule=EvictionSchedule(None)) == {0: (4, 4, 1.0)}
+    assert by_age(RIGHT, RIGHT, schedule=EvictionSchedule(None)) == {0: (2, 2, 1.0)}
 
 
 def test_a_reading_scores_under_its_own_cache_whatever_the_session_has() -> None:

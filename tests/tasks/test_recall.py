@@ -153,6 +153,13 @@ def test_the_value_of_a_key_that_was_written_again_is_its_newest() -> None:
     assert read_completion(f"{facts} key0=3", answer).queries[1] == ScoredQuery("key0", 4, 7, 1, True)
 
 
+def test_a_query_whose_fact_an_answer_has_stated_again_is_marked_until_the_fact_is_written_anew() -> None:
+    stream = "key0=1 key1=2 ask0 key0=1 key0=3 key1=4 ask0 key0=3 key0=5 key1=6 ask1 key1=6 key0=7 key1=0 ask1 key1=0"
+    assert [query.restated for query in read_completion(stream, "key0 2 8 2").queries] == [False] * 4
+    again = "key0=1 key1=2 ask0 key0=1 key2=3 key3=4 ask0 key0=1 key4=5 key5=6 ask1 key1=2"
+    assert [query.restated for query in read_completion(again, "key0 128 6 72").queries] == [False, True, False]
+
+
 def test_a_stream_past_the_last_key_goes_on_with_the_first() -> None:
     # Every query asks for the fact before it, so fact f stands at token f + 2 (f // 2).
     tokens: list[str] = []

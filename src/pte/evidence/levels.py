@@ -168,7 +168,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         directory: Of the run, which holds the bases.
     """
     bases = directory / BASES
-    recall = TaskConfig(kind="recall", num_facts=32, num_queries=16)
+    recall = TaskConfig(kind="recall", num_facts=32, num_queries=8)
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
     mixture = TaskConfig(kind="mixture", mixture=("permutation", "multiplication"))

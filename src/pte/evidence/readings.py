@@ -83,18 +83,49 @@ def read(session: Session, reading: Reading) -> list[Measurement]:
     if reading.kind == "age":
         return accuracy_by_age(completions, reading.label, schedule=config.cache.schedule)
     if reading.kind == "queries":
-        found = [read_completion(one.text, one.problem.answer) for one in completions]
-        total = sum(one.expected_queries for one in found)
-        right = round(sum(one.fraction_right * one.expected_queries for one in found))
-        return [reading.label.measured("accuracy", right / total, right=right, total=total)]
-    total = evaluation.problems * evaluation.samples_per_problem
-    right = round(evaluation.accuracy * total)
+        return [share(reading.label, "accuracy", [first_time_queries(one) for one in completions])]
+    each = evaluation.samples_per_problem
+    right = [one.right for one in completions]
     return [
-        reading.label.measured("accuracy", evaluation.accuracy, right=right, total=total),
+        share(reading.label, "accuracy", [(sum(right[at : at + each]), each) for at in range(0, len(right), each)]),
         reading.label.measured("cache_bytes", float(evaluation.peak_cache_bytes)),
+        reading.label.measured("state_bytes", float(evaluation.peak_state_bytes)),
         reading.label.measured("evictions", evaluation.evictions),
         reading.label.measured("completion_tokens", evaluation.completion_tokens),
     ]
+
+
+def share(label: Label, metric: str, counts: Sequence[tuple[int, int]]) -> Measurement:
+    """The share of right answers, with as many independent answers as are as uncertain as these.
+
+    Answers to one problem are alike: 4 samples of each of 256 problems say less than 1024 problems would. The variance
+    of the share over problems, v, says how much less: p (1 - p) / v independent answers, from the number of problems up
+    to that of answers. Where all answers are alike there is no v, and each problem counts once.
+
+    Args:
+        label: What it is about.
+        metric: Its name.
+        counts: (right answers, answers) of each problem; those without answers count for nothing.
+    """
+    counts = [one for one in counts if one[1]]
+    problems, total = len(counts), sum(answers for _, answers in counts)
+    value = sum(right for right, _ in counts) / total
+    squared = sum((right - value * answers) ** 2 for right, answers in counts)
+    independent = problems
+    if squared > 0 and problems > 1:
+        variance = squared / total**2 * problems / (problems - 1)
+        independent = min(total, max(problems, round(value * (1 - value) / variance)))
+    return label.measured(metric, value, right=round(value * independent), total=independent)
+
+
+def first_time_queries(completion: EvaluatedCompletion) -> tuple[int, int]:
+    """Right answers and expected ones, but for queries whose fact an earlier answer had stated again.
+
+    A query that was never answered is wrong; where values do not vary, all are.
+    """
+    found = read_completion(completion.text, completion.problem.answer)
+    right = sum(query.right and not query.restated for query in found.queries) if found.values_vary else 0
+    return right, found.expected_queries - sum(query.restated for query in found.queries)
 
 
 def accuracy_by_age(
@@ -102,28 +133,37 @@ def accuracy_by_age(
 ) -> list[Measurement]:
     """Share of right answers to queries by how many evictions ago the asked value left, in octaves; 0 is "still kept".
 
+    Queries whose fact an earlier answer had stated again have no one age and are left out. Beside the shares stands
+    how many of the expected queries were answered at all: a completion that goes astray answers no more.
+
     Args:
         completions: Of the recall task.
         label: What they are about.
         schedule: That they were sampled under, oldest first.
     """
-    right: Counter[int] = Counter()
-    total: Counter[int] = Counter()
+    counts: dict[int, list[tuple[int, int]]] = {}
     for one in completions:
+        right: Counter[int] = Counter()
+        total: Counter[int] = Counter()
         for correct, age in scored_queries(one, schedule):
             octave = 0 if age <= 0 else 2 ** int(math.log2(age))
             right[octave] += correct
             total[octave] += 1
+        for octave in total:
+            counts.setdefault(octave, []).append((right[octave], total[octave]))
+    found = [read_completion(one.text, one.problem.answer) for one in completions]
+    answered = [(len(one.queries), one.expected_queries) for one in found]
     return [
-        replace(label, setting={**label.setting, "evictions_ago": age}).measured(
-            "accuracy", right[age] / total[age], right=right[age], total=total[age]
-        )
-        for age in sorted(total)
+        share(label, "answered_fraction", answered),
+        *(
+            share(replace(label, setting={**label.setting, "evictions_ago": age}), "accuracy", counts[age])
+            for age in sorted(counts)
+        ),
     ]
 
 
 def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) -> list[tuple[bool, int]]:
-    """For every query that a completion answers, whether it is right and how many evictions ago its fact left.
+    """For every query of a fact not yet stated again, whether it is right and how many evictions ago its fact left.
 
     The fact with reasoning index f leaves at eviction f // E (from 0); the answer at index q is predicted as token
     q - 1 enters. Where values do not vary, every query is wrong, as in `fraction_right`.
@@ -136,6 +176,7 @@ def scored_queries(completion: EvaluatedCompletion, schedule: EvictionSchedule) 
             0 if block is None else schedule.evictions_before(query.query_token - 1) - query.fact_token // block,
         )
         for query in found.queries
+        if not query.restated
     ]
 
 

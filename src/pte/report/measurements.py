@@ -30,7 +30,7 @@ class Measurement:
         metric: What the number means.
         value: The number.
         right: Right answers, where the value is a rate of answers.
-        total: Answers.
+        total: Answers; where several answer one problem, as many independent ones as are as uncertain.
     """
 
     question: str

@@ -44,6 +44,7 @@ class Evaluation:
         cut_off_fraction: Completions that reached the longest length.
         evictions: Mean number per completion.
         peak_cache_bytes: Keys and values of all slots.
+        peak_state_bytes: States of all slots; 0 without any.
         seconds: Wall time.
     """
 
@@ -57,6 +58,7 @@ class Evaluation:
     cut_off_fraction: float
     evictions: float
     peak_cache_bytes: int
+    peak_state_bytes: int
     seconds: float
 
     def as_json(self) -> dict[str, Json]:
@@ -162,6 +164,7 @@ def evaluate(
         cut_off_fraction=statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
         evictions=statistics.fmean(rollout.evictions for rollout in rollouts),
         peak_cache_bytes=engine.peak_cache_bytes,
+        peak_state_bytes=engine.peak_state_bytes,
         seconds=time.perf_counter() - started,
     )
     completions = [

@@ -67,6 +67,7 @@ class ScoredQuery:
         query_token: Index of the reasoning token that should repeat it.
         facts_since: Facts written after it, up to the query.
         right: Whether the answer is the fact.
+        restated: Whether an earlier answer stated the fact again, so that it left later than when it was written.
     """
 
     key: str
@@ -74,6 +75,7 @@ class ScoredQuery:
     query_token: int
     facts_since: int
     right: bool
+    restated: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def read_completion(completion_text: str, answer: str) -> ReadCompletion:
     facts: list[tuple[str, str]] = []
     newest: dict[str, int] = {}
     fact_tokens: list[int] = []
+    answered: set[int] = set()
     queries: list[ScoredQuery] = []
     asked: str | None = None
     for index, (token, expected) in enumerate(zip(tokens, layout.expected(), strict=False)):
@@ -164,7 +167,8 @@ def read_completion(completion_text: str, answer: str) -> ReadCompletion:
             fact = newest[asked]
             since = len(facts) - 1 - fact
             right = token == "=".join(facts[fact]) and since < layout.max_age
-            queries.append(ScoredQuery(asked, fact_tokens[fact], index, since, right))
+            queries.append(ScoredQuery(asked, fact_tokens[fact], index, since, right, restated=fact in answered))
+            answered.add(fact)
         elif token in ASKS and (expected == "ask" or token == expected):
             asked = KEYS[ASKS.index(token)]
             if asked not in newest:
