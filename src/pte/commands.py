@@ -321,7 +321,7 @@ def evidence_command(arguments: EvidenceArguments, console: Console) -> None:
     from pte.report.command import ReportFiles, write_report
 
     directory = Path(arguments.directory or f"runs/evidence-{arguments.preset}")
-    left = run_evidence(
+    outcome = run_evidence(
         arguments.preset,
         directory,
         only=arguments.only,
@@ -330,8 +330,8 @@ def evidence_command(arguments: EvidenceArguments, console: Console) -> None:
         console=console,
         progress=bar(console),
     )
-    if left:
-        console.print(f"{len(left)} parts are left, {left[0]} is next; the same command goes on")
+    if outcome.left:
+        console.print(f"{len(outcome.left)} parts are left, {outcome.left[0]} is next; the same command goes on")
     report = ReportFiles(
         runs=(str(directory),),
         output=str(directory / "report.html"),
@@ -339,6 +339,9 @@ def evidence_command(arguments: EvidenceArguments, console: Console) -> None:
         markdown=str(directory / "evidence.md"),
     )
     write_report(report, console)
+    if outcome.failed:
+        errors = "; ".join(f"{name}: {error}" for name, error in outcome.failed.items())
+        raise RuntimeError(f"{len(outcome.failed)} parts failed: {errors}; the same command tries them again")
 
 
 def report_command(arguments: ReportArguments, console: Console) -> None:

@@ -1,7 +1,8 @@
 """Several pieces of work in processes of their own, one CPU thread each, with a progress bar for each.
 
-Decides: which job starts next (in order, each after the job that it needs), what is shown while jobs run, that no new
-job starts after a deadline, and that no process outlives the command. Does not know what a job does.
+Decides: which job starts next (in order, each after the job that it needs), what is shown while jobs run, what ends
+when one fails, that no new job starts after a deadline, and that no process outlives the command. Does not know what a
+job does.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -22,6 +24,19 @@ from rich.progress import Progress, TaskID
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of jobs that were not all done.
+
+    Args:
+        left: Names of those that were not started, as time was up or as what they need had failed.
+        failed: What those that failed raised, by name.
+    """
+
+    left: tuple[str, ...] = ()
+    failed: Mapping[str, Exception] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ def run_jobs(
     console: Console,
     progress: Progress,
     last_start: float | None = None,
-) -> list[str]:
+    go_on: bool = False,
+) -> Outcome:
     """Runs jobs until all are done, or until the last that may still start is done.
 
     Args:
@@ -61,12 +77,11 @@ def run_jobs(
         console: For a line a minute where there is no terminal.
         progress: For the bars.
         last_start: `time.perf_counter()` after which no job starts; None for no deadline.
-
-    Returns:
-        Names of the jobs that were not started.
+        go_on: Whether the others go on when a job fails.
 
     Raises:
-        Exception: What a job raised; the others are ended.
+        Exception: What a job raised, where the others do not go on: they are ended.
+        BrokenProcessPool: A worker was killed; the others are ended.
     """
     context = multiprocessing.get_context("spawn")
     alive, end = context.Pipe(duplex=False)
@@ -77,7 +92,8 @@ def run_jobs(
         progress,
     ):
         try:
-            return watch(list(jobs), pool, workers=workers, console=console, progress=progress, last_start=last_start)
+            watched = Watch(pool, workers=workers, console=console, progress=progress, go_on=go_on)
+            return watched.run(list(jobs), last_start=last_start)
         except BaseException:
             end.close()
             raise
@@ -104,46 +120,70 @@ def end_with_command(alive: Connection) -> None:
     threading.Thread(target=watch_command, daemon=True).start()
 
 
-def watch(
-    waiting: list[Job],
-    pool: ProcessPoolExecutor,
-    *,
-    workers: int,
-    console: Console,
-    progress: Progress,
-    last_start: float | None,
-) -> list[str]:
-    """Starts jobs as workers become free and shows how far they are; returns the names of those not started."""
-    running: dict[str, tuple[Job, Future[None], TaskID]] = {}
-    open_names = {job.name for job in waiting}
-    said = time.perf_counter()
-    while True:
-        late = last_start is not None and time.perf_counter() > last_start
-        ready = [job for job in waiting if job.after not in open_names]
-        for job in ready[: 0 if late else workers - len(running)]:
-            waiting.remove(job)
-            task = progress.add_task(job.name, total=job.steps)
-            running[job.name] = job, pool.submit(job.work, *job.arguments), task
-        if not running:
-            return [job.name for job in waiting]
-        time.sleep(POLL_SECONDS)
-        lines = not console.is_terminal and time.perf_counter() - said > LINE_SECONDS
-        for name, (job, future, task) in list(running.items()):
+class Watch:
+    """Starts jobs as workers become free and shows how far they are.
+
+    Args:
+        pool: Of workers.
+        workers: How many.
+        console: For lines where there is no terminal.
+        progress: For the bars.
+        go_on: Whether the others go on when a job fails.
+    """
+
+    def __init__(
+        self, pool: ProcessPoolExecutor, *, workers: int, console: Console, progress: Progress, go_on: bool
+    ) -> None:
+        self.pool, self.workers, self.go_on = pool, workers, go_on
+        self.console, self.progress = console, progress
+        self.running: dict[str, tuple[Job, Future[None], TaskID]] = {}
+        self.failed: dict[str, Exception] = {}
+
+    def run(self, waiting: list[Job], *, last_start: float | None) -> Outcome:
+        """Until nothing runs and nothing may start."""
+        open_names = {job.name for job in waiting}
+        said = time.perf_counter()
+        while True:
+            late = last_start is not None and time.perf_counter() > last_start
+            ready = [job for job in waiting if job.after not in open_names]
+            for job in ready[: 0 if late else self.workers - len(self.running)]:
+                waiting.remove(job)
+                task = self.progress.add_task(job.name, total=job.steps)
+                self.running[job.name] = job, self.pool.submit(job.work, *job.arguments), task
+            if not self.running:
+                return Outcome(tuple(job.name for job in waiting), self.failed)
+            time.sleep(POLL_SECONDS)
+            lines = not self.console.is_terminal and time.perf_counter() - said > LINE_SECONDS
+            self.show(lines=lines)
+            if lines:
+                said = time.perf_counter()
+            open_names -= self.ended() - set(self.failed)
+
+    def show(self, *, lines: bool) -> None:
+        """How far the running jobs are: on their bars, and as lines if asked for."""
+        for name, (job, _, task) in self.running.items():
             if job.metrics is not None and job.metrics.is_file():
                 rows = job.metrics.read_bytes().splitlines()
-                progress.update(task, completed=len(rows), description=described(name, rows))
+                self.progress.update(task, completed=len(rows), description=described(name, rows))
                 if lines:
-                    console.print(f"{described(name, rows)} {len(rows)}/{job.steps}", highlight=False)
-            if future.done():
+                    self.console.print(f"{described(name, rows)} {len(rows)}/{job.steps}", highlight=False)
+
+    def ended(self) -> set[str]:
+        """Names of the jobs that have ended since the last call; they run no more."""
+        names = {name for name, (_, future, _) in self.running.items() if future.done()}
+        for name in names:
+            job, future, task = self.running.pop(name)
+            error = future.exception()
+            if isinstance(error, Exception) and self.go_on and not isinstance(error, BrokenProcessPool):
+                self.failed[name] = error
+            else:
                 future.result()
-                del running[name]
-                open_names.discard(name)
-                progress.update(task, completed=job.steps, description=f"{name} done")
-                progress.stop_task(task)
-                if not console.is_terminal:
-                    console.print(f"{name} done", highlight=False)
-        if lines:
-            said = time.perf_counter()
+            ending = "failed" if name in self.failed else "done"
+            self.progress.update(task, completed=job.steps, description=f"{name} {ending}")
+            self.progress.stop_task(task)
+            if not self.console.is_terminal:
+                self.console.print(f"{name} {ending}", highlight=False)
+        return names
 
 
 def described(name: str, lines: Sequence[bytes]) -> str:

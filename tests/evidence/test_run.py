@@ -16,11 +16,12 @@ from rich.progress import Progress
 from killed import warm_processes
 from pte import jobs
 from pte.cli import main
+from pte.config import ModelConfig
 from pte.evidence import run
 from pte.evidence.levels import BASES
-from pte.evidence.measurements import Label, part_file
-from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
-from pte.evidence.plan import Part, plan
+from pte.evidence.measurements import Label, Origin, part_file
+from pte.evidence.parts import BasePart, Part, ScoredPart, TrainedPart, run_part
+from pte.evidence.plan import plan
 from pte.evidence.readings import Reading
 from pte.evidence.run import job_of, parts_left, run_evidence
 from pte.tasks.bases import RECIPES
@@ -32,6 +33,7 @@ def scored(name: str, arm: str) -> ScoredPart:
     return ScoredPart(name, (Reading(Label("arms", "chained", arm, setting={"windows": 3}), config),))
 
 
+ORIGIN = Origin(commit="abc", hardware={}, versions={})
 PARTS: list[Part] = [scored("full", "base_full"), scored("window", "base_window")]
 
 
@@ -42,7 +44,7 @@ def tiny_plan(preset: str, directory: Path) -> list[Part]:
 def go(
     directory: Path, preset: str = "quick", *, only: Sequence[str] = (), minutes: float | None = None, **changes: int
 ) -> list[str]:
-    return run_evidence(
+    outcome = run_evidence(
         preset,  # type: ignore[arg-type]
         directory,
         only=tuple(only),
@@ -51,6 +53,8 @@ def go(
         console=Console(quiet=True),
         progress=Progress(disable=True),
     )
+    assert not outcome.failed
+    return list(outcome.left)
 
 
 def use_tiny_plan(patch: pytest.MonkeyPatch) -> None:
@@ -89,7 +93,8 @@ def test_a_run_says_what_ran_where_and_each_part_at_which_commit(done: Path) -> 
     assert record["versions"]["torch"] and record["hardware"]["cores"] >= 1
     for part in PARTS:
         content = json.loads(part_file(done, part.name).read_text())
-        assert (content["part"], content["commit"]) == (part.name, record["commit"])
+        assert content["part"] == part.name and content["commit"] == record["commit"]
+        assert content["hardware"] == record["hardware"] and content["versions"] == record["versions"]
         assert content["seconds"] >= 0 and content["measurements"]
 
 
@@ -161,11 +166,9 @@ def test_a_name_without_a_part_another_preset_and_senseless_numbers_are_refused(
 
 def test_every_part_of_the_plan_is_a_job_that_a_process_can_be_given_and_a_bar_can_follow(tmp_path: Path) -> None:
     for part in plan("full", tmp_path):
-        job = job_of(part, tmp_path)
-        assert pickle.loads(pickle.dumps((job.work, job.arguments))) == (job.work, (part, tmp_path))
+        job = job_of(part, tmp_path, ORIGIN)
+        assert pickle.loads(pickle.dumps((job.work, job.arguments))) == (run_part, (part, tmp_path, ORIGIN))
         assert (job.name, job.after) == (part.name, part.after)
-        name = {BasePart: "run_base", ScoredPart: "run_scored", TrainedPart: "run_trained", CostPart: "run_cost"}
-        assert job.work.__name__ == name[type(part)]
         if isinstance(part, TrainedPart | BasePart):
             trained = isinstance(part, TrainedPart)
             steps = (
@@ -200,8 +203,51 @@ def test_a_base_that_is_gone_is_made_again_where_a_part_still_waits_for_it(tmp_p
     assert parts_left([base, waiting], tmp_path) == [base, waiting]
     folder = tmp_path / BASES / "recall"
     folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
     (folder / "training.json").write_text(json.dumps({"settings": asdict(RECIPES["recall"].settings)}))
     assert parts_left([base, waiting], tmp_path) == [waiting]
     finish(waiting)
     shutil.rmtree(folder)
     assert parts_left([base, waiting], tmp_path) == []
+
+
+def test_parts_of_other_settings_and_damaged_ones_are_named_before_work_starts(
+    done: Path, tmp_path: Path, tiny: None
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(done, copy)
+    path = part_file(copy, "full")
+    whole = path.read_text()
+    path.write_text(whole.replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(
+        ValueError, match=r"got 1 with others in .*run \(full\); delete their files in"
+    ):
+        go(copy)
+    assert go(copy, only=["window"]) == [], "parts that are not chosen do not matter"
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a part must be a JSON object .*full.json .*; delete it to measure the part"):
+        go(copy)
+
+
+def test_a_record_that_is_damaged_and_a_directory_that_is_a_file_are_named(tmp_path: Path, tiny: None) -> None:
+    (tmp_path / "record.json").write_text('{"preset": "qui')
+    with pytest.raises(ValueError, match=r"record.json must be a JSON object with a preset, .*; delete it"):
+        go(tmp_path)
+    (tmp_path / "record.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"record.json must be a JSON object with a preset, .*; delete it"):
+        go(tmp_path)
+    with pytest.raises(ValueError, match=r"the directory must be one, got the file .*record.json"):
+        go(tmp_path / "record.json")
+
+
+def test_the_command_says_which_parts_failed_and_still_writes_the_report(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_tiny_plan(monkeypatch)
+    missing = scored("broken", "base_full")
+    config = replace(missing.readings[0].config, model=ModelConfig(path=str(tmp_path / "nowhere")))
+    broken = replace(missing, readings=(replace(missing.readings[0], config=config),))
+    monkeypatch.setattr(run, "plan", lambda preset, directory: [broken, *PARTS])
+    assert main(["evidence", "--directory", str(tmp_path / "run"), "--workers", "1"]) == 2
+    assert "1 parts failed: broken: " in " ".join(capsys.readouterr().err.split())
+    assert part_file(tmp_path / "run", "window").is_file() and (tmp_path / "run" / "report.html").is_file()

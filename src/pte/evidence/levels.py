@@ -27,6 +27,8 @@ SLOTS = 256
 ROOM_TOKENS = 8
 """Tokens that a completion may be longer than a right trace."""
 BASES = "bases"
+BASE_PREFIX = "base-"
+"""Of the names of parts that make bases."""
 LOOKED_AT = 16
 """Problems whose traces say how long a completion may be."""
 STREAM_PROBLEMS = 128
@@ -101,7 +103,7 @@ def level(
         task=shape.kind,
         windows=round(trace_tokens(shape) / WINDOW.window_tokens),
         config=with_shape(config, shape),
-        base=None if base is None else f"base-{base.name}",
+        base=None if base is None else BASE_PREFIX + base.name,
         compared=compared,
     )
 

@@ -7,6 +7,7 @@ checkpoint of its run. What is trained and scored: `plan.py`; how a policy is sc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from pte.arms import arm_config
 from pte.evidence.cost import measure_cost, memory_over_tokens
-from pte.evidence.levels import BASES
-from pte.evidence.measurements import Label, write_part
+from pte.evidence.levels import BASE_PREFIX, BASES
+from pte.evidence.measurements import Label, Origin, write_part
 from pte.evidence.readings import Reading, read, show
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import open_run, train
 from pte.run_record import RECORD_FILE, replace_synced
 from pte.session import open_session
 from pte.tasks.base_training import RECORD_FILE as BASE_RECORD_FILE
-from pte.tasks.bases import make_base
+from pte.tasks.bases import RECIPES, make_base
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RUNS = "runs"
 ROLLOUTS = "rollouts"
 BETWEEN_FILE = "between.json"
+FINGERPRINT_LETTERS = 16
 CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
 
 
@@ -113,9 +115,46 @@ class CostPart:
     after: str | None = None
 
 
-def run_base(part: BasePart, directory: Path) -> None:
-    """Makes a base in the run's directory, unless it is there, and writes down how often it is right."""
+Part = BasePart | ScoredPart | TrainedPart | CostPart
+
+
+def run_part(part: Part, directory: Path, origin: Origin) -> None:
+    """Measures a part and writes its file.
+
+    Args:
+        part: Of any kind.
+        directory: Of the evidence run.
+        origin: Of the command.
+    """
     started = time.perf_counter()
+    if isinstance(part, BasePart):
+        measurements = base_measurements(part, directory)
+    elif isinstance(part, ScoredPart):
+        measurements = scored_measurements(part)
+    elif isinstance(part, TrainedPart):
+        measurements = trained_measurements(part, directory)
+    else:
+        measurements = cost_measurements(part)
+    seconds = time.perf_counter() - started
+    fingerprint = fingerprint_of(part, directory)
+    write_part(directory, part.name, measurements, seconds=seconds, origin=origin, fingerprint=fingerprint)
+
+
+def fingerprint_of(part: Part, directory: Path) -> str:
+    """What changes when anything that a part is measured with does: its settings, and those of its base.
+
+    Args:
+        part: Of any kind.
+        directory: Of the evidence run, which may be moved.
+    """
+    base = part.base if isinstance(part, BasePart) else (part.after or "").removeprefix(BASE_PREFIX)
+    settings = {"part": asdict(part), "base": asdict(RECIPES[base].settings) if base else None}
+    text = json.dumps(settings, sort_keys=True).replace(str(directory.resolve()), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_LETTERS]
+
+
+def base_measurements(part: BasePart, directory: Path) -> list[Measurement]:
+    """Makes a base in the run's directory, unless it is there; how often it is right."""
     folder = directory / BASES / part.base
     metrics = base_metrics(directory, part)
     metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +173,7 @@ def run_base(part: BasePart, directory: Path) -> None:
     about = Label("bases", part.base, "base_full")
     measurements.append(about.measured("parameters", record["parameters"]))
     measurements.append(about.measured("training_seconds", record["training_seconds"]))
-    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+    return measurements
 
 
 def base_metrics(directory: Path, part: BasePart) -> Path:
@@ -142,37 +181,44 @@ def base_metrics(directory: Path, part: BasePart) -> Path:
     return directory / RUNS / part.name / "metrics.jsonl"
 
 
-def run_cost(part: CostPart, directory: Path) -> None:
-    """Measures an arm."""
-    started = time.perf_counter()
+def cost_measurements(part: CostPart) -> list[Measurement]:
+    """What an arm costs."""
     config = arm_config(part.config, part.label.arm)
     costs = measure_cost(config)
     measurements = [part.label.measured(name, costs[name]) for name in part.metrics or costs if name in costs]
     for row in memory_over_tokens(config, part.lengths):
         label = replace(part.label, question="memory", setting={"tokens": row["tokens"]})
         measurements += [label.measured(name, value) for name, value in row.items() if name != "tokens"]
-    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+    return measurements
 
 
-def run_scored(part: ScoredPart, directory: Path) -> None:
-    """Scores a base."""
-    started = time.perf_counter()
+def scored_measurements(part: ScoredPart) -> list[Measurement]:
+    """Scores of a base."""
     session = open_session(arm_config(part.readings[0].config, part.readings[0].label.arm))
-    measurements = [one for reading in part.readings for one in read(session, reading)]
-    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+    return [one for reading in part.readings for one in read(session, reading)]
 
 
-def run_trained(part: TrainedPart, directory: Path) -> None:
+def trained_measurements(part: TrainedPart, directory: Path) -> list[Measurement]:
     """Trains an arm, from its last checkpoint if it was interrupted, and scores it.
 
     A run that stops because loss, gradient or gap are not sound is a result: it is written down with its step.
+
+    Raises:
+        ValueError: What was begun has other settings.
     """
-    started = time.perf_counter()
     own = directory / RUNS / part.name
     resume = (own / RECORD_FILE).is_file()
     settings = replace(part.config.run, name=part.name, output_dir=str(directory / RUNS), resume=resume)
     config = arm_config(replace(part.config, run=settings), part.arm)
-    run = open_run(config)
+    try:
+        run = open_run(config)
+    except ValueError as error:
+        if not resume:
+            raise
+        raise ValueError(
+            f"a part that goes on must have the settings that it was begun with; {error}; or delete {own} to begin "
+            f"again"
+        ) from error
 
     def between_stages(steps: int) -> None:
         if part.between and steps == config.distill.steps:
@@ -191,8 +237,7 @@ def run_trained(part: TrainedPart, directory: Path) -> None:
     measurements = stopped or [one for reading in part.readings for one in read(run.session, reading)]
     if part.shown:
         show(run.session, part.readings[0], directory / ROLLOUTS / f"{part.name}.json")
-    measurements = [*between_measurements(part, own), *measurements, *curve(part, own), *costs(part, own)]
-    write_part(directory, part.name, measurements, seconds=time.perf_counter() - started)
+    return [*between_measurements(part, own), *measurements, *curve(part, own), *costs(part, own)]
 
 
 def between_measurements(part: TrainedPart, own: Path) -> list[Measurement]:

@@ -18,9 +18,9 @@ from typing import Literal
 
 from pte.config import CacheConfig, ExperimentConfig, RunConfig
 from pte.config_stages import GradientMode
-from pte.evidence.levels import Level, levels_of
+from pte.evidence.levels import BASE_PREFIX, Level, levels_of
 from pte.evidence.measurements import Label, StageName
-from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
+from pte.evidence.parts import BasePart, CostPart, Part, ScoredPart, TrainedPart
 from pte.evidence.readings import Reading
 
 PresetName = Literal["quick", "full"]
@@ -38,7 +38,6 @@ WINDOWS_BEYOND_TRAINING = (0, 4, 16, 32, 64)
 RL_ARMS = ("pte_delta", "lora_window", "lora_full")
 COST_ARMS = ("base_full", "lora_full", "lora_window", "lora_h2o", "pte_paper", "pte_read", "pte_delta")
 MEMORY_TOKENS = (64, 128, 256, 512)
-Part = BasePart | ScoredPart | TrainedPart | CostPart
 
 
 def plan(preset: PresetName, directory: Path) -> list[Part]:
@@ -75,7 +74,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
 def needed_bases(parts: Sequence[Part]) -> list[BasePart]:
     """The bases that parts wait for."""
     names = dict.fromkeys(part.after for part in parts if part.after is not None)
-    return [BasePart(name=name, base=name.removeprefix("base-")) for name in names]
+    return [BasePart(name=name, base=name.removeprefix(BASE_PREFIX)) for name in names]
 
 
 def label(level: Level, arm: str, *, stage: StageName, seed: int, question: str = "arms") -> Label:

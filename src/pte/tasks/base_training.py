@@ -22,8 +22,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from pte.run_record import replace_synced
 from pte.tasks.generated import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, Family, GeneratedProblem
 
+WEIGHTS_FILE = "model.safetensors"
 RECORD_FILE = "training.json"
 """Written last: a folder that has it holds a whole base."""
 
@@ -267,7 +269,9 @@ def measure_base(
 def is_complete(folder: Path, settings: BaseSettings) -> bool:
     """Whether a folder holds a base made with these settings, measured and recorded."""
     path = folder / RECORD_FILE
-    return path.is_file() and json.loads(path.read_text())["settings"] == asdict(settings)
+    if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return False
+    return bool(json.loads(path.read_text())["settings"] == asdict(settings))
 
 
 def write_record(folder: Path, record: Mapping[str, object], settings: BaseSettings, *, seconds: float) -> None:
@@ -290,4 +294,4 @@ def write_record(folder: Path, record: Mapping[str, object], settings: BaseSetti
         },
         **record,
     }
-    (folder / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    replace_synced(folder / RECORD_FILE, (json.dumps(content, indent=2) + "\n").encode())
