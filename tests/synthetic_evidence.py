@@ -125,7 +125,7 @@ def cost(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
         for seed in seeds:
             state = {"fold": 0.0, "read": 0.0} if arm != "pte_read" else {}
             seconds = {
-                part: spent * share + 0.01 * noise.random()
+                part: spent * share * (1 + 0.01 * noise.random())
                 for part, spent in {**parts, "optimizer": 0.6, "other": 0.3, **state}.items()
             }
             fraction = (seconds["fold"] + seconds["read"]) / sum(seconds.values())
