@@ -58,8 +58,11 @@ def arms(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
                     fall = 0.0 if "full" in arm else penalty + 0.01 * windows
                     yield rate(task, arm, seed, accuracy - fall + noise.gauss(0, 0.01), windows=windows)
                     kept = 400 * windows if "full" in arm else 1100
+                    state = 24576.0 if arm.startswith("pte") else 0.0
                     yield row(task, arm, seed, "cache_bytes", 1024.0 * kept, windows=windows)
-                    yield row(task, arm, seed, "seconds", 200.0 + 3 * windows + noise.random(), windows=windows)
+                    yield row(task, arm, seed, "state_bytes", state, windows=windows)
+                    yield row(task, arm, seed, "evictions", 0.0 if "full" in arm else 4.0 * windows, windows=windows)
+                    yield row(task, arm, seed, "completion_tokens", 8.0 * windows + noise.random(), windows=windows)
 
 
 def capacity(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
@@ -73,7 +76,9 @@ def capacity(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
 
 def forgetting(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
     for rule, holds in RULES.items():
-        for age in (1, 2, 4, 8, 16, 32, 64):
+        for seed in seeds:
+            yield row("recall", rule, seed, "answered_fraction", 0.9 + 0.01 * seed)
+        for age in (0, 1, 2, 4, 8, 16, 32, 64):
             for seed in seeds:
                 yield rate("recall", rule, seed, math.exp(-age / (8 * holds)) + noise.gauss(0, 0.01), evictions_ago=age)
 
@@ -88,16 +93,20 @@ def length(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
 
 def ablation(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
     factors = {
-        "global_tokens": ("0", "8", "32", "64"),
-        "gradient_mode": ("chain", "exact", "horizon 1", "horizon 4", "horizon 16"),
+        "reference": ("reference",),
+        "global_tokens": ("0", "8", "64"),
+        "gradient_mode": ("exact", "horizon 1", "horizon 4", "horizon 16"),
+        "evicted of 20 tokens": ("5 %", "10 %", "25 %", "50 %"),
     }
     for factor, values in factors.items():
         for place, value in enumerate(values):
             for seed in seeds:
                 setting = {"factor": factor, "value": value}
                 yield rate("chained", "pte_read", seed, 0.8 + 0.03 * place + noise.gauss(0, 0.01), **setting)
-                yield row("chained", "pte_read", seed, "seconds", 100 + 12 * place + noise.random(), **setting)
-                yield row("chained", "pte_read", seed, "peak_memory_bytes", 2**28 * (1 + 0.2 * place), **setting)
+                yield row("chained", "pte_read", seed, "cache_bytes", 15335424.0, **setting)
+                yield row("chained", "pte_read", seed, "step_seconds", 1 + 0.1 * place + noise.random(), **setting)
+                if factor in ("reference", "gradient_mode"):
+                    yield row("chained", "pte_read", seed, "peak_memory_bytes", 2**28 * (1 + 0.2 * place), **setting)
 
 
 def transfer(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
@@ -110,15 +119,33 @@ def transfer(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
 
 
 def cost(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
+    """As `measure_cost` returns it: parts that exclude each other, their sum, shares, speeds, arithmetic and memory."""
     parts = {"prefill": 1, "decode": 14, "fold": 0.7, "read": 0.9, "reward": 0.2, "forward": 5, "backward": 11}
-    for arm, share in (("lora_full", 1.4), ("lora_window", 0.95), ("pte_read", 1.0)):
+    for arm, share in (("base_full", 1.2), ("lora_full", 1.4), ("lora_window", 0.95), ("pte_read", 1.0)):
         for seed in seeds:
-            for part, seconds in {**parts, "optimizer": 0.6}.items():
-                state = 0.0 if part in ("fold", "read") and arm != "pte_read" else 1.0
-                yield row("chained", arm, seed, f"{part}_seconds", seconds * share * state + 0.01 * noise.random())
-            yield row("chained", arm, seed, "rollout_tokens_per_second", 9000 / share + noise.random())
-            yield row("chained", arm, seed, "update_flops_per_token", 4.1e6 * share)
-            yield row("chained", arm, seed, "peak_memory_bytes", 6e8 * share)
+            state = {"fold": 0.0, "read": 0.0} if arm != "pte_read" else {}
+            seconds = {
+                part: spent * share * (1 + 0.01 * noise.random())
+                for part, spent in {**parts, "optimizer": 0.6, "other": 0.3, **state}.items()
+            }
+            fraction = (seconds["fold"] + seconds["read"]) / sum(seconds.values())
+            costs = {
+                "rollout_flops_per_token": 3.1e6 * share,
+                "update_flops_per_token": 4.1e6 * share,
+                "rollout_tokens_per_second": 9000 / share + noise.random(),
+                "update_tokens_per_second": 7000 / share + noise.random(),
+                **{f"{part}_seconds": spent for part, spent in seconds.items()},
+                "step_seconds": sum(seconds.values()),
+                "state_fraction": fraction,
+                "rollout_state_fraction": fraction,
+                "update_state_fraction": fraction,
+                "cache_bytes": 2e6 * share,
+                "state_bytes": 24576.0 if state == {} else 0.0,
+                "peak_memory_bytes": 6e8 * share,
+            }
+            for metric, value in costs.items():
+                if arm != "base_full" or not metric.startswith("update_"):
+                    yield row("chained", arm, seed, metric, value)
 
 
 def memory(seeds: Sequence[int], _: random.Random) -> Iterator[Row]:
@@ -126,9 +153,9 @@ def memory(seeds: Sequence[int], _: random.Random) -> Iterator[Row]:
         for tokens in range(0, 4097, 256):
             kept = tokens if arm == "lora_full" else min(tokens, 256)
             for seed in seeds:
-                yield row(
-                    "chained", arm, seed, "cache_bytes", (32 + kept) * 1536 + (arm == "pte_read") * 24576, tokens=tokens
-                )
+                yield row("chained", arm, seed, "cache_bytes", (32 + kept) * 1536, tokens=tokens)
+                yield row("chained", arm, seed, "state_bytes", (arm == "pte_read") * 24576, tokens=tokens)
+                yield row("chained", arm, seed, "rollout_peak_bytes", (40 + kept) * 1536, tokens=tokens)
 
 
 def rl(seeds: Sequence[int], noise: random.Random) -> Iterator[Row]:
@@ -148,6 +175,7 @@ def rules(seeds: Sequence[int], _: random.Random) -> Iterator[Row]:
             for seed in seeds:
                 norm = 5.6 if rule == "pte_paper" else 3.0 * evictions**0.5
                 yield row("recall", rule, seed, "state_norm", norm * (1 + 0.01 * seed), evictions=evictions)
+                yield row("recall", rule, seed, "read_norm", 5.6, evictions=evictions)
 
 
 def surprise(seeds: Sequence[int], _: random.Random) -> Iterator[Row]:
@@ -172,7 +200,6 @@ def write_evidence(
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "hardware": {"cpu": "AMD EPYC", "cores": 2, "memory_bytes": 25_000_000_000, "gpus": []},
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        "seeds": list(seeds),
     }
     (directory / "record.json").write_text(json.dumps(record))
     for number, question in enumerate(questions or QUESTIONS):
@@ -181,10 +208,11 @@ def write_evidence(
         for half, some in enumerate((rows[:middle], rows[middle:])):
             part = {
                 "part": f"{question}-{half}",
-                "question": question,
                 "seconds": 60.0 + number,
                 "commit": record["commit"],
-                "measurements": some,
+                "hardware": record["hardware"],
+                "versions": record["versions"],
+                "measurements": [{"question": question, **one} for one in some],
             }
             (directory / "parts" / f"{question}-{half}.json").write_text(json.dumps(part))
     return directory

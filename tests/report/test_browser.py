@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -177,6 +178,35 @@ def test_another_completion_can_be_picked(browser: webdriver.Chrome, train_run: 
     assert rollouts[2]["problem"] in role(browser, "problem").text
     assert picks[2].get_attribute("aria-pressed") == "true" and picks[0].get_attribute("aria-pressed") == "false"
     browser.execute_script("arguments[0].click()", picks[0])
+
+
+def test_a_log_prob_that_is_not_known_is_a_dash(browser: webdriver.Chrome, train_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(train_run, tmp_path / "half")
+    rollouts = json.loads((run / "rollouts.json").read_text())
+    rollouts[0]["logprobs"][5] = None
+    rollouts[0]["evictions"][0]["state_norm"][0] = math.nan
+    rollouts[1]["logprobs"] = None
+    (run / "rollouts.json").write_text(json.dumps(rollouts))
+    assert main(["report", str(run), "--output", str(tmp_path / "half.html")]) == 0
+    whole = browser.current_url
+    browser.get((tmp_path / "half.html").as_uri())
+    try:
+        go(browser, 5)
+        assert role(browser, "drawn").text.endswith(", log-prob -")
+        go(browser, 6)
+        assert role(browser, "drawn").text.endswith(f", log-prob {rollouts[0]['logprobs'][6]:.3f}")
+        token = role(browser, "stream").find_element(By.CSS_SELECTOR, '[data-token="5"]')
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", token)
+        ActionChains(browser).move_to_element(token).perform()
+        assert "log-prob -" in browser.find_element(By.CSS_SELECTOR, ".tooltip").text
+        points = role(browser, "charts").find_elements(By.CSS_SELECTOR, "svg:nth-of-type(1) .point")
+        layers, evictions = len(rollouts[0]["first_state_norm"]), len(rollouts[0]["evictions"])
+        assert len(points) == layers * (2 * evictions + 1) - 1
+        browser.execute_script("arguments[0].click()", role(browser, "picks").find_elements(By.TAG_NAME, "button")[1])
+        assert role(browser, "drawn").text.endswith(", log-prob -")
+        assert browser.get_log("browser") == []
+    finally:
+        browser.get(whole)
 
 
 def test_the_theme_changes_the_colours_of_page_and_figures(browser: webdriver.Chrome) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pte.arms import ARMS
 from pte.report import style
 from pte.report.measurements import parse_measurement, sort_key, words
 
@@ -37,6 +38,8 @@ def test_a_condition_that_is_missing_is_named() -> None:
 def test_numbers_come_by_size_words_by_letters_and_by_their_number() -> None:
     values = ["horizon 16", "64", 8, "chain", "horizon 4", "0.5"]
     assert sorted(values, key=sort_key) == ["0.5", 8, "64", "chain", "horizon 4", "horizon 16"]
+    assert sorted(["50 %", "5 %", "25 %", "10 %"], key=sort_key) == ["5 %", "10 %", "25 %", "50 %"]
+    assert sorted(["8b", "10.5.1", "9"], key=sort_key) == ["9", "10.5.1", "8b"], "no number stands at their beginning"
 
 
 def test_settings_read_like_words() -> None:
@@ -44,10 +47,21 @@ def test_settings_read_like_words() -> None:
     assert words((("windows", 1), ("factor", "all_maps"))) == "1 window, factor all_maps"
 
 
+def test_every_arm_has_a_label_and_a_colour_of_its_own() -> None:
+    assert set(ARMS) <= set(style.LABELS) and set(ARMS) <= set(style.COLOURS)
+    assert len({style.COLOURS[name] for name in ARMS}) == len(ARMS) == len({style.LABELS[name] for name in ARMS})
+    larger = {name for name, arm in ARMS.items() if arm.cache == "larger"}
+    assert {name for name in ARMS if style.label(name).endswith("+ state's bytes")} == larger
+    rules = {name: arm.update_rule for name, arm in ARMS.items() if arm.update_rule}
+    assert {name: style.label(name) for name in rules} == {name: f"PTE, rule {rule}" for name, rule in rules.items()}
+    # What is no arm but drawn beside them: every token kept.
+    assert set(style.LABELS) == set(style.COLOURS) == {*ARMS, "every token kept"}
+
+
 def test_unknown_arms_get_a_label_a_colour_and_a_place_of_their_own() -> None:
     names = ["zebra", "pte_delta", "pte_zeroed", "lora_full", "pte_read"]
     assert style.ordered(names) == ["lora_full", "pte_read", "pte_delta", "pte_zeroed", "zebra"]
-    assert (style.label("pte_delta"), style.label("zebra_rule")) == ("PTE, delta", "zebra rule")
+    assert (style.label("pte_delta"), style.label("zebra_rule")) == ("PTE, rule delta", "zebra rule")
     assert len(set(style.colours(names).values())) == len(names)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pte.report.derived import kept_tokens, measurements_of
 from pte.report.measurements import of_metric
+from pte.report.page import render_page
 from pte.report.runs import read_run
-from pte.report.sections import viewer_groups
+from pte.report.sections import build_report, viewer_groups
 from synthetic_evidence import write_evidence
 
 GRPO = {
@@ -110,8 +114,16 @@ def test_a_comparison_is_its_arms_controls_and_warm_starts(tmp_path: Path) -> No
 def test_an_evidence_run_is_its_parts(tmp_path: Path) -> None:
     run = read_run(str(write_evidence(tmp_path / "evidence", seeds=(0,), questions=("capacity", "surprise"))))
     assert run.kind == "evidence" and not run.notes
-    assert [part.question for part in run.parts] == ["capacity", "capacity", "surprise", "surprise"]
+    assert [part.name for part in run.parts] == ["capacity-0", "capacity-1", "surprise-0", "surprise-1"]
+    assert {one.question for one in run.parts[0].measurements} == {"capacity"}
     assert len(measurements_of([run])) == sum(len(part.measurements) for part in run.parts) == 3 * 4 * 6 + 1
+
+
+def test_a_curve_says_by_which_stages_the_arm_had_learned(tmp_path: Path) -> None:
+    directory = write_train(tmp_path / "try")
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, **GRPO}) + "\n")
+    found = measurements_of([read_run(str(directory))])
+    assert {one.stage for one in found if one.question == "rl"} == {"grpo"}
 
 
 def broken(path: Path, content: str | None) -> None:
@@ -125,10 +137,16 @@ def broken(path: Path, content: str | None) -> None:
         ("summary.json", '{"evaluations": {', "summary.json is not whole"),
         ("summary.json", "[]", "summary.json is no JSON object"),
         ("record.json", None, "record.json is missing"),
+        ("record.json", '{"config": {"tas\n', "record.json is not whole (Invalid control character"),
+        ("record.json", "[1]", "record.json is no JSON object"),
         ("metrics.jsonl", None, "metrics.jsonl is missing: there are no learning curves"),
         ("metrics.jsonl", '{"step": 1, "stage": "distill", "loss": 1.0}\n{"st', "metrics.jsonl, line 2 is not whole"),
         ("rollouts.json", "[{}]", "completions without id, prompt_tokens"),
         ("rollouts.json", "[", "rollouts.json is not whole"),
+        ("rollouts.json", json.dumps([{**ROLLOUT, "evictions": None}]), "are left out"),
+        ("rollouts.json", json.dumps([{**ROLLOUT, "evictions": [{"before_token": 4}]}]), "are left out"),
+        ("rollouts.json", json.dumps([{**ROLLOUT, "prompt_tokens": None}]), "are left out"),
+        ("rollouts.json", json.dumps([{**ROLLOUT, "completion_tokens": [1]}]), "are left out"),
     ],
 )
 def test_a_half_run_is_read_as_far_as_it_goes_with_a_sentence(
@@ -138,7 +156,65 @@ def test_a_half_run_is_read_as_far_as_it_goes_with_a_sentence(
     broken(directory / file, content)
     run = read_run(str(directory))
     assert run.kind == "train" and len(run.notes) == 1 and note in run.notes[0]
-    measurements_of([run])
+    render_page(build_report([run], command="pte report"))
+
+
+def test_half_a_record_of_evidence_is_a_sentence_with_its_file(tmp_path: Path) -> None:
+    directory = write_evidence(tmp_path / "evidence", seeds=(0,), questions=("surprise",))
+    for content in ('{"preset": "full\n', "[1]"):
+        (directory / "record.json").write_text(content)
+        run = read_run(str(directory))
+        assert run.kind == "evidence" and len(run.parts) == 2
+        (note,) = run.notes
+        assert note.startswith(str(directory / "record.json")) and note.endswith("what it would say is left out.")
+
+
+def test_one_broken_measurement_leaves_the_others_of_its_part(tmp_path: Path) -> None:
+    directory = write_evidence(tmp_path / "evidence", seeds=(0, 1, 2, 3), questions=("surprise",))
+    file = directory / "parts" / "surprise-1.json"
+    part = json.loads(file.read_text())
+    del part["measurements"][1]["task"]
+    file.write_text(json.dumps(part))
+    run = read_run(str(directory))
+    assert [len(one.measurements) for one in run.parts] == [2, 1]
+    (note,) = run.notes
+    assert f"{file}, measurement 2: a measurement must have task" in note and "measure this part again" in note
+    assert note.endswith("(1 of 2 measurements left out).")
+
+
+def test_files_that_are_still_written_are_no_parts(tmp_path: Path) -> None:
+    directory = write_evidence(tmp_path / "evidence", seeds=(0,), questions=("surprise",))
+    (directory / "parts" / ".unfinished-3-surprise-2.json").write_text('{"meas')
+    (directory / "rollouts").mkdir()
+    (directory / "rollouts" / ".unfinished-3-pte.json").write_text("[")
+    run = read_run(str(directory))
+    assert len(run.parts) == 2 and not run.rollouts and not run.notes
+    job = write_compare(tmp_path / "job")
+    shutil.copytree(job / "pte", job / ".unfinished-pte")
+    assert [arm.name for arm in read_run(str(job)).arms] == ["base_full", "lora_full", "pte"]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "shown"),
+    [
+        (None, [None] * 7),
+        ([-0.5, None, math.nan, -0.25, -math.inf, "x"], [-0.5, None, None, -0.25, None, None, None]),
+    ],
+)
+def test_a_log_prob_that_is_not_known_is_null_at_its_place(
+    tmp_path: Path, logprobs: list[object] | None, shown: list[float | None]
+) -> None:
+    directory = write_train(tmp_path / "try")
+    evictions = [{**ROLLOUT["evictions"][0], "state_norm": [math.nan]}]
+    (directory / "rollouts.json").write_text(json.dumps([{**ROLLOUT, "logprobs": logprobs, "evictions": evictions}]))
+    page = render_page(build_report([read_run(str(directory))], command="pte report"))
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"JSON has no {name}")
+
+    content = re.search(r'id="rollouts">(.*?)</script>', page, re.DOTALL).group(1)
+    (rollout,) = json.loads(content, parse_constant=refuse)[0]["rollouts"]
+    assert rollout["logprobs"] == shown and rollout["evictions"][0]["state_norm"] == [None]
 
 
 @pytest.mark.parametrize(
@@ -177,4 +253,7 @@ def test_what_is_no_run_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a run must be a directory .*; check the path"):
         read_run(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"must hold record.json, .*; name a directory that pte train"):
+        read_run(str(tmp_path))
+    (tmp_path / "record.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"none of them \(.*record.json is no JSON object: .*\); name a directory"):
         read_run(str(tmp_path))

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from pte.report.measurements import Measurement
-from pte.report.page import render_markdown, render_page
+from pte.report.page import render_markdown, render_page, write_figures
 from pte.report.questions import capacity_section
 from pte.report.ranking import arms_section
 from pte.report.runs import Part, RecordedRun, read_run
-from pte.report.sections import QUESTIONS, build_report
+from pte.report.sections import QUESTIONS, Report, build_report
 from pte.report.work import cost_section, memory_section, rl_section
 from synthetic_evidence import write_evidence
 
 
-def measured(question: str, arm: str, value: float, metric: str = "accuracy", **more: object) -> Measurement:
+def measured(question: str, arm: str, value: float, metric: str = "accuracy", /, **more: object) -> Measurement:
     counts = {"right": round(value * 100), "total": 100} if metric == "accuracy" else {}
     seed, stage = more.pop("seed", 0), more.pop("stage", "none" if arm.startswith("base") else "both")
     return Measurement(question, "chained", arm, stage, seed, tuple(more.items()), metric, value, **counts)
@@ -69,11 +69,115 @@ def test_memory_tells_a_flat_line_from_a_rising_one() -> None:
     assert finding == "chained, cache: LoRA, full cache rises to 100 KiB at 99 tokens; PTE stays flat at 16 KiB."
 
 
+def test_the_memory_of_a_cache_is_that_of_its_state_too() -> None:
+    rows = [measured("memory", "pte", 1024.0, "cache_bytes", tokens=tokens) for tokens in (1, 2)]
+    rows += [measured("memory", "pte", 512.0, "state_bytes", tokens=tokens) for tokens in (1, 2)]
+    section = memory_section(rows)
+    assert section.findings == ("chained, cache: PTE stays flat at 1.5 KiB.",)
+    assert [drawn.caption[:70] for drawn in section.figures] == [
+        "Memory over the tokens of a completion. Cache: with the state's bytes."
+    ]
+
+
 def test_the_share_of_the_state_is_fold_and_read_over_the_whole_wall_time() -> None:
-    seconds = {"decode_seconds": 6.0, "fold_seconds": 0.5, "read_seconds": 1.5, "backward_seconds": 2.0}
+    seconds = {"decode_seconds": 6.0, "fold_seconds": 0.5, "read_seconds": 1.0, "backward_seconds": 2.0}
+    # The parts are 10 s; a total among them, or another total of seconds, is no further part.
+    totals = {"other_seconds": 0.5, "step_seconds": 10.0, "evaluation_seconds": 7.0, "training_seconds": 100.0}
+    section = cost_section([measured("cost", "pte", value, metric) for metric, value in (seconds | totals).items()])
+    assert section.findings == ("chained: PTE spends 15.0 % of its wall time on the state.",)
+    assert section.tables[0].rows[0][-1] == "15.0 %"
+    (drawn,) = section.figures
+    (place,) = drawn.figure.axes
+    assert sum(bar.get_width() for bar in place.patches) == pytest.approx(10.0)
+
+
+def test_a_measured_share_of_the_state_is_the_one_that_is_said() -> None:
+    seconds = {"fold_seconds": 1.0, "backward_seconds": 9.0, "step_seconds": 10.0, "state_fraction": 0.12}
     section = cost_section([measured("cost", "pte", value, metric) for metric, value in seconds.items()])
-    assert section.findings == ("chained: PTE spends 20.0 % of its wall time on the state.",)
-    assert section.tables[0].rows[0][-1] == "20.0 %"
+    assert section.findings == ("chained: PTE spends 12.0 % of its wall time on the state.",)
+    assert "fold + read" not in section.tables[0].columns
+
+
+def gap_cell(arms: dict[str, dict[int, float]]) -> tuple[str, str]:
+    """PTE's gap closed and the note, from accuracies by arm and seed."""
+    rows = [measured("arms", arm, value, seed=seed) for arm, seeds in arms.items() for seed, value in seeds.items()]
+    (table,) = arms_section(rows).tables
+    return next(row[-2] for row in table.rows if row[0] == "PTE"), table.note
+
+
+def test_the_gap_closed_is_the_mean_over_the_seeds_that_all_three_arms_have() -> None:
+    # Seed 0: (0.6 - 0.2) / 0.8 = 0.5; seed 1: (0.5 - 0.1) / 0.8 = 0.5 + 0.1 = 0.6 with 0.58. LoRA_c's seed 2 is alone.
+    arms = {
+        "lora_full": {0: 1.0, 1: 0.9},
+        "lora_window": {0: 0.2, 1: 0.1, 2: 0.9},
+        "pte": {0: 0.6, 1: 0.58},
+    }
+    cell, note = gap_cell(arms)
+    # Gaps 50 % and 60 %: mean 55, standard error 5, t(1) = 12.706.
+    assert cell == "55 % [-9, 119]"
+    assert "each seed that the arm and both references have (n: 2), 95 % intervals of Student's t" in note
+
+
+def test_one_common_seed_gives_a_gap_without_an_interval() -> None:
+    arms = {"lora_full": {0: 1.0}, "lora_window": {0: 0.2, 1: 0.9}, "pte": {0: 0.6, 1: 0.9}}
+    cell, note = gap_cell(arms)
+    assert cell == "50 %" and "(n: 1)." in note
+
+
+def test_a_gap_that_rounds_to_nothing_has_no_sign() -> None:
+    cell, _ = gap_cell({"lora_full": {0: 1.0}, "lora_window": {0: 0.2}, "pte": {0: 0.199}})
+    assert cell == "0 %"
+
+
+def test_without_a_common_seed_the_gap_is_that_of_the_means_and_the_note_says_so() -> None:
+    arms = {"lora_full": {0: 1.0}, "lora_window": {1: 0.2}, "pte": {2: 0.8}}
+    cell, note = gap_cell(arms)
+    assert cell == "75 %" and "Gap closed of PTE: of the means over all seeds of each arm" in note
+
+
+def test_the_cache_of_an_arm_is_its_cache_and_its_state() -> None:
+    rows = [
+        measured("arms", "lora_full", 4096.0, "cache_bytes"),
+        measured("arms", "pte", 1024.0, "cache_bytes"),
+        measured("arms", "pte", 512.0, "state_bytes"),
+        measured("arms", "pte", 1024.0, "cache_bytes", seed=1),
+    ]
+    (table,) = arms_section(rows).tables
+    assert table.columns == ("arm", "cache", "gap closed", "seeds")
+    assert [row[1] for row in table.rows] == ["4 KiB", "1.5 KiB"]
+    assert table.note == "Cache: with the state's bytes where these were measured."
+
+
+def evidence_of(*parts: Part, **record: object) -> Report:
+    return build_report([RecordedRun("run", "evidence", record, parts=parts)], command="pte report")
+
+
+def test_every_machine_that_parts_were_measured_on_is_named() -> None:
+    row = (measured("arms", "pte", 0.5),)
+    report = evidence_of(
+        Part("a", 1.0, None, row, hardware={"cpu": "A", "gpus": []}, versions={"torch": "1"}),
+        Part("b", 1.0, None, (measured("arms", "pte", 0.5, seed=3),), hardware={"cpu": "B", "gpus": ["H200"]}),
+        Part("c", 1.0, None, row),
+        hardware={"cpu": "C"},
+        versions={"torch": "2"},
+    )
+    assert dict(report.facts)["hardware"] == "A, no GPU; B, H200; C"
+    runs, parts = report.provenance
+    (told,) = [dict(zip(runs.columns, row, strict=True)) for row in runs.rows]
+    assert told["hardware"] == "A, no GPU; B, H200; C" and told["versions"] == "torch 1; torch 2"
+    assert told["seeds"] == "0, 3", "the measurements say at which"
+    assert parts.columns == ("part", "measurements", "wall time", "commit")
+
+
+def test_names_of_figures_are_file_names_whatever_metrics_are_called(tmp_path: Path) -> None:
+    rows = tuple(
+        measured("rules", "pte", 1.0, metric, evictions=count)
+        for metric in ("tokens/second", "tokens second", "../norm")
+        for count in (1, 10)
+    )
+    report = evidence_of(Part("a", 1.0, None, rows))
+    written = write_figures(report, tmp_path / "figures")
+    assert sorted((tmp_path / "figures").iterdir()) == sorted(written) and len(set(written)) == 3
 
 
 def test_reward_at_both_ends_is_the_mean_of_a_tenth_of_the_steps() -> None:
@@ -97,7 +201,7 @@ def test_every_question_has_its_section_and_no_other(evidence_run: Path) -> None
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_one_measurement_without_a_setting_is_shown_whatever_it_was_asked_for(question: str) -> None:
-    part = Part("part", question, 1.0, None, (measured(question, "an_arm", 0.5, "something"),))
+    part = Part("part", 1.0, None, (measured(question, "an_arm", 0.5, "something"),))
     report = build_report([RecordedRun("run", "evidence", {}, parts=(part,))], command="pte report")
     (section,) = report.sections
     assert any("an arm" in row for table in section.tables for row in table.rows)
@@ -145,11 +249,23 @@ def test_a_training_that_stopped_is_named_and_is_no_score() -> None:
         measured("arms", "lora_window", 0.1, stage="warm_start", windows=8),
         measured("arms", "pte_paper", 37.0, "stopped_at_step", seed=1, stage="warm_start", windows=8),
     )
-    run = RecordedRun("it", "evidence", {}, parts=(Part("p", "arms", 1.0, None, rows),))
+    run = RecordedRun("it", "evidence", {}, parts=(Part("p", 1.0, None, rows),))
     report = build_report([run], command="pte report it")
     assert report.notes == (
         "PTE, rule paper (chained, 8 windows, seed 1) stopped at step 37, as its loss, gradient or log-prob gap was "
         "not sound; it has no scores in the section 'arms'.",
     )
     (section,) = report.sections
-    assert [row[0] for row in section.tables[0].rows] == ["LoRA, full cache", "LoRA, window (LoRA_c)"]
+    # Arm, accuracy, gap closed, seeds.
+    assert [(row[0], row[1][:6], row[3]) for row in section.tables[0].rows] == [
+        ("LoRA, full cache", "90.0 %", "1"),
+        ("LoRA, window (LoRA_c)", "10.0 %", "1"),
+        ("PTE, rule paper", "-", "0 of 1, 1 stopped"),
+    ]
+
+
+def test_an_arm_that_stopped_at_one_of_its_seeds_says_so_in_its_row() -> None:
+    rows = [measured("arms", "pte_paper", value, seed=seed) for seed, value in ((0, 0.5), (2, 0.7))]
+    rows.append(measured("arms", "pte_paper", 37.0, "stopped_at_step", seed=1))
+    (row,) = arms_section(rows).tables[0].rows
+    assert row[-1] == "2 of 3, 1 stopped" and row[1].startswith("60.0 %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -50,6 +51,22 @@ def test_three_seeds_have_a_t_interval() -> None:
 def test_the_interval_of_a_rate_stays_within_0_and_1() -> None:
     one = estimate([measured(0.9, 0, right=9, total=10), measured(1.0, 1, right=10, total=10)])
     assert one.high == 1.0 and one.low == pytest.approx(0.95 - 12.706 * 0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high"),
+    [
+        ("accuracy", 0, 1),
+        ("reward", 0, 1),
+        ("state_fraction", 0, 1),
+        ("step_seconds", 0, 4.3119),
+        ("loss", -3.4119, 4.3119),
+    ],
+)
+def test_an_interval_ends_where_its_metric_does(metric: str, low: float, high: float) -> None:
+    # Mean 0.45, standard error 0.3039..., t(1) = 12.706: half of the interval is 3.8619.
+    one = estimate([replace(measured(value, seed), metric=metric) for seed, value in enumerate((0.146, 0.754))])
+    assert (one.low, one.high) == pytest.approx((low, high), abs=1e-2)
 
 
 def test_one_seed_has_wilson_s_interval_of_its_answers() -> None:

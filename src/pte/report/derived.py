@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from pte.report.measurements import Measurement, Value
+from pte.report.completions import listed
+from pte.report.measurements import Measurement, Value, grouped
 from pte.report.runs import Arm, RecordedRun, Row, numbers
+from pte.report.style import label
 
 COSTS = ("rollout_seconds", "replay_seconds", "tokens_per_second", "peak_memory_bytes", "cache_bytes")
 CURVES = ("reward", "accuracy", "logprob_gap_max")
+PLACES = ("step", "seconds", "tokens")
 MEMORY_POINTS = 200
+NAMED = 4
 
 
 def measurements_of(runs: Sequence[RecordedRun]) -> list[Measurement]:
@@ -24,15 +29,47 @@ def measurements_of(runs: Sequence[RecordedRun]) -> list[Measurement]:
         for part in run.parts:
             found += part.measurements
         for arm in run.arms:
-            found += [*scores(run, arm), *curves(arm), *costs(run, arm), *memory(run, arm)]
+            found += [*scores(run, arm), *curves(run, arm), *costs(run, arm), *memory(run, arm)]
     return found
 
 
+def unrepeated(runs: Sequence[RecordedRun]) -> tuple[list[Measurement], list[str]]:
+    """The measurements of all runs, and a sentence for each run that repeats an earlier one, whose own are kept.
+
+    Seeds are what an interval is over, so that a number which is there twice must not count twice.
+    """
+    found: list[Measurement] = []
+    notes = []
+    first: dict[Measurement, RecordedRun] = {}
+    for run in runs:
+        measured = measurements_of([run])
+        mine = grouped(measured, what)
+        repeated = {key: first[key] for key in mine if key in first}
+        found += [one for one in measured if what(one) not in repeated]
+        first |= {key: run for key in mine if key not in first}
+        for before in dict.fromkeys(one.path for one in repeated.values()):
+            keys = [key for key, one in repeated.items() if one.path == before]
+            arms = list(dict.fromkeys(f"{label(key.arm)}, seed {key.seed}" for key in keys))
+            named = "; ".join(arms[:NAMED]) + (f" and {len(arms) - NAMED} more" if len(arms) > NAMED else "")
+            notes.append(
+                f"{run.path} has {sum(len(mine[key]) for key in keys)} measurements that {before} has too ({named}); "
+                f"they are left out: name one of the two runs, or give each a seed of its own."
+            )
+    return found, notes
+
+
+def what(one: Measurement) -> Measurement:
+    """Everything but the number; a curve is one thing, whatever steps it has."""
+    setting = one.without(*PLACES) if one.at("step") is not None else one.setting
+    return replace(one, setting=setting, value=0.0, right=None, total=None)
+
+
 def setting_of(run: RecordedRun) -> tuple[tuple[str, Value], ...]:
-    """Window and block of a run, as far as they are recorded."""
+    """Window and block of a run, as far as they are recorded, and its name where another comparison is shown too."""
     named = (("window_tokens", "window_tokens"), ("block_tokens", "evict_tokens"))
     values = [(name, run.option("cache", key)) for name, key in named]
-    return tuple((name, value) for name, value in values if isinstance(value, int))
+    found = tuple((name, value) for name, value in values if isinstance(value, int))
+    return (*found, *((("comparison", run.told_apart),) if run.told_apart else ()))
 
 
 def stage_of(run: RecordedRun, arm: Arm) -> str:
@@ -92,10 +129,11 @@ def scores_of(
         )
 
 
-def curves(arm: Arm) -> Iterator[Measurement]:
+def curves(run: RecordedRun, arm: Arm) -> Iterator[Measurement]:
     """Reward, accuracy and gap of each GRPO step, with the seconds and tokens that it took to get there."""
     seconds = tokens = 0.0
     step = 0
+    apart = (("comparison", run.told_apart),) if run.told_apart else ()
     for row in arm.metrics:
         if row.get("stage") != "grpo":
             continue
@@ -109,9 +147,9 @@ def curves(arm: Arm) -> Iterator[Measurement]:
                     question="rl",
                     task=arm.task,
                     arm=arm.name,
-                    stage="both",
+                    stage=stage_of(run, arm),
                     seed=arm.seed,
-                    setting=(("step", step), ("seconds", seconds), ("tokens", tokens)),
+                    setting=(("step", step), ("seconds", seconds), ("tokens", tokens), *apart),
                     metric=metric,
                     value=value,
                 )
@@ -177,9 +215,3 @@ def kept_tokens(rollout: Row) -> list[int]:
     for token in range(length - 1):
         kept.append(kept[-1] - left.get(token, 0) + 1)
     return kept
-
-
-def listed(row: Row, key: str) -> list[object]:
-    """A list of a row; empty where it is none."""
-    value = row.get(key)
-    return value if isinstance(value, list) else []  # type: ignore[return-value]

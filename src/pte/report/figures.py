@@ -36,6 +36,7 @@ class Scale:
         reference: A horizontal line at this value, or None.
         mark: Condition of the setting at which a vertical line stands, or None.
         log_values: Draw values on a logarithmic axis where they span more than a factor of 50.
+        zero: What 0 means on a logarithmic axis, where it stands apart from the line.
     """
 
     key: str
@@ -44,6 +45,13 @@ class Scale:
     reference: float | None = None
     mark: str | None = None
     log_values: bool = False
+    zero: str = "0"
+
+    def shown(self, value: float) -> str:
+        """A value of the condition as text."""
+        if value == 0 and self.base is not None:
+            return self.zero
+        return f"{value:,.0f}" if value.is_integer() else f"{value:g}"
 
 
 def interval_words(estimates: Iterable[Estimate]) -> str:
@@ -126,6 +134,11 @@ def line_figure(
                 points = curve_points(found, scale.key)
                 seen += points.values()
                 marker = style.MARKERS[order.index(key) % len(style.MARKERS)]
+                apart = scale.base is not None and len(points) > 1
+                zero = {x: one for x, one in points.items() if x == 0 and apart}
+                if zero:
+                    points = {x: one for x, one in points.items() if x != 0}
+                    draw_alone(place, zero, unit=unit, colour=tints[key], marker=marker)
                 handles[line_label(key)] = draw_curve(place, points, unit=unit, colour=tints[key], marker=marker)
             finish_line_panel(place, group, metric=metric, unit=unit, scale=scale)
         legend(figure, handles)
@@ -150,6 +163,14 @@ def draw_curve(axes: Axes, points: Mapping[float, Estimate], *, unit: Unit, colo
     return drawn
 
 
+def draw_alone(axes: Axes, points: Mapping[float, Estimate], *, unit: Unit, colour: str, marker: str) -> None:
+    """Points with whiskers and no line."""
+    for x, one in points.items():
+        if one.low is not None and one.high is not None:
+            axes.plot([x, x], [one.low / unit.scale, one.high / unit.scale], color=colour, linewidth=2.2, alpha=0.55)
+        axes.plot([x], [one.mean / unit.scale], color=colour, marker=marker, linestyle="none", markeredgewidth=0)
+
+
 def finish_line_panel(
     axes: Axes, measurements: Sequence[Measurement], *, metric: str, unit: Unit, scale: Scale
 ) -> None:
@@ -162,12 +183,17 @@ def finish_line_panel(
     if scale.log_values and min(values) > 0 and max(values) > WIDE * min(values):
         axes.set_yscale("log")
     axes.set_xlabel(scale.label)
-    if scale.base is not None and xs[0] > 0 and xs[-1] > xs[0]:
-        axes.set_xscale("log", base=scale.base)
+    if scale.base is not None and xs[0] >= 0 and xs[-1] > xs[0]:
+        if xs[0] > 0:
+            axes.set_xscale("log", base=scale.base)
+        else:
+            # Linear below the smallest value above 0, so that 0 has a place, for base 2 one step left of it.
+            axes.set_xscale("symlog", base=scale.base, linthresh=xs[1], linscale=0.5)
+            axes.set_xlim(-0.5 * xs[1], xs[-1] * 1.3)
         if len(xs) <= 9:
             axes.xaxis.set_major_locator(FixedLocator(xs))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.zero if value == 0 else f"{value:g}"))
     if scale.reference is not None:
         axes.axhline(scale.reference / unit.scale, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     if scale.mark is not None:
@@ -205,17 +231,19 @@ def dot_figure(
             metric = group[0].metric
             unit = style.unit_of(metric, max(abs(one.value) for one in group))
             keys = grouped(group, lambda one: (row(one), "" if hue is None else hue(one), one.arm))
+            reached = [one.value for one in group]
             for (at, told_by, arm), found in keys.items():
                 beside = [one for one in hues if any(other[:2] == (at, one) for other in keys)]
                 shift = (beside.index(told_by) - (len(beside) - 1) / 2) * 0.7 / max(2, len(hues))
                 seen.append(one := estimate(found))
+                reached += [] if one.high is None else [one.high]
                 marker = style.MARKERS[hues.index(told_by) % len(style.MARKERS)]
                 draw_dot(place, one, y=rows.index(at) + shift, unit=unit, colour=tint[arm], marker=marker)
             place.set_ylim(len(rows) - 0.4, -0.6)
             names = [style.label(one) for one in rows] if index % style.COLUMNS == 0 else [""] * len(rows)
             place.set_yticks(range(len(rows)), names)
             place.grid(axis="x", visible=False)
-            finish_axis(place, metric, unit, values=[one.value for one in group], vertical=False)
+            finish_axis(place, metric, unit, values=reached, vertical=False)
         legend(figure, {style.STAGES.get(one, style.label(one)): hue_handle(one, hues, tint) for one in hues})
     return style.DrawnFigure(name, figure, f"{caption} {interval_words(seen)}")
 

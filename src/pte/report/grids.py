@@ -82,7 +82,9 @@ BREAKDOWN = (
     "forward_seconds",
     "backward_seconds",
     "optimizer_seconds",
+    "other_seconds",
 )
+"""Parts that exclude each other. Seconds of another name may be a total, such as `step_seconds`."""
 
 PART_COLOURS = {
     "prefill_seconds": "#9fd0f0",
@@ -95,25 +97,25 @@ PART_COLOURS = {
     "forward_seconds": "#009e73",
     "backward_seconds": "#00705a",
     "optimizer_seconds": "#7d8896",
+    "other_seconds": "#d3d9df",
 }
 
 
 def breakdown_metrics(metrics: Iterable[str]) -> list[str]:
-    """The parts of the wall time among metrics: known ones in the order of a step, then others."""
-    parts = {metric for metric in metrics if metric.endswith("_seconds")}
-    return [metric for metric in BREAKDOWN if metric in parts] + sorted(parts - set(BREAKDOWN))
+    """The parts of a step's wall time among metrics, in the order of a step; totals and unknown names are none."""
+    found = set(metrics)
+    return [metric for metric in BREAKDOWN if metric in found]
 
 
 def stacked_figure(groups: Mapping[str, Sequence[Measurement]], *, name: str, caption: str) -> DrawnFigure:
     """Parts of the wall time as stacked bars, a bar for each arm, a panel for each group.
 
     Args:
-        groups: Measurements of `*_seconds`, by title.
+        groups: Measurements of metrics of `BREAKDOWN`, by title.
         name: Of the figure.
         caption: First sentences.
     """
     parts = breakdown_metrics(one.metric for group in groups.values() for one in group)
-    tint = {part: PART_COLOURS.get(part, style.MORE_COLOURS[index % 9]) for index, part in enumerate(parts)}
     arms = {title: style.ordered(one.arm for one in group) for title, group in groups.items()}
     handles: dict[str, Artist] = {}
     with style.look():
@@ -129,8 +131,8 @@ def stacked_figure(groups: Mapping[str, Sequence[Measurement]], *, name: str, ca
                 for part in parts:
                     if (arm, part) in seconds:
                         width = seconds[arm, part] / unit.scale
-                        bar = place.barh(y, width, left=left, height=0.62, color=tint[part], edgecolor="none")[0]
-                        handles[part] = bar
+                        tint = PART_COLOURS[part]
+                        handles[part] = place.barh(y, width, left=left, height=0.62, color=tint, edgecolor="none")[0]
                         left += width
             place.set_ylim(len(arms[title]) - 0.4, -0.6)
             place.set_yticks(range(len(arms[title])), [style.label(arm) for arm in arms[title]])

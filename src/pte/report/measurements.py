@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 Value = float | int | str
+CACHE_BYTES, STATE_BYTES = "cache_bytes", "state_bytes"
+STOPPED = "stopped_at_step"
+"""The metric of a training that ended early, as it was not sound."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -102,7 +105,7 @@ def parse_measurement(row: object, *, question: str, where: str) -> Measurement 
             right=None if right is None else int(right),
             total=None if total is None else int(total),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{where}: a measurement must have task, arm, seed, metric and a number as value, got {str(row)[:120]} "
             f"({type(error).__name__}: {error}); measure this part again"
@@ -129,14 +132,41 @@ def of_metric(measurements: Iterable[Measurement], metric: str) -> list[Measurem
     return [one for one in measurements if one.metric == metric]
 
 
-def sort_key(value: Value | None) -> tuple[int, str, float]:
-    """Numbers, also those written as text, by size; then words by letters, by a number at their end where equal."""
-    try:
-        return (0, "", float(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        text = str(value)
-        ending = re.search(r"\d+$", text)
-        return (1, text[: ending.start()], float(ending.group())) if ending else (1, text, -1.0)
+def sort_key(value: Value | None) -> tuple[int, str, float, str]:
+    """Numbers, and texts that begin with one, by size; then words by letters, by a number at their end where equal."""
+    text = str(value)
+    beginning = re.match(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?(?![\w.])", text)
+    if beginning:
+        return (0, "", float(beginning.group()), text)
+    ending = re.search(r"\d+$", text)
+    return (1, text[: ending.start()], float(ending.group()), text) if ending else (1, text, -1.0, text)
+
+
+def with_state_bytes(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The same, with the bytes of the state in `cache_bytes` instead of beside them.
+
+    A state's size depends on no seed: a seed without `state_bytes` gets those of another.
+    """
+    states = {about(one): one.value for one in measurements if one.metric == STATE_BYTES}
+    return [
+        replace(one, value=one.value + states.get(about(one), 0.0)) if one.metric == CACHE_BYTES else one
+        for one in measurements
+        if one.metric != STATE_BYTES
+    ]
+
+
+def state_bytes_note(measurements: Sequence[Measurement]) -> str:
+    """A sentence on whether the cache of `with_state_bytes` holds the state; empty where no state was measured."""
+    states = {about(one) for one in measurements if one.metric == STATE_BYTES}
+    without = {about(one) for one in measurements if one.metric == CACHE_BYTES} - states
+    if not states:
+        return ""
+    return "Cache: with the state's bytes" + (" where these were measured." if without else ".")
+
+
+def about(one: Measurement) -> tuple[str, str, str, tuple[tuple[str, Value], ...]]:
+    """What a measurement is of, but for its seed and metric."""
+    return one.task, one.arm, one.stage, one.setting
 
 
 def seeds_of(measurements: Iterable[Measurement]) -> list[int]:

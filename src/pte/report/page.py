@@ -36,7 +36,8 @@ def render_page(report: Report) -> str:
     )
     figures = all_figures(report)
     # `<` is written as an escape, so that no text of a rollout can end the script element.
-    rollouts = json.dumps(report.viewer, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    rollouts = json.dumps(report.viewer, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    rollouts = rollouts.replace("<", "\\u003c")
     return environment.from_string(asset("page.html.jinja")).render(
         report=report,
         css=Markup(asset("page.css")),

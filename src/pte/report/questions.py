@@ -6,19 +6,28 @@ known here gets a table of everything that was measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pte.report import style
 from pte.report.figures import Scale, dot_figure, line_figure, panel_title
 from pte.report.grids import matrix_figure
-from pte.report.measurements import Measurement, grouped, of_metric, seeds_of, sort_key, words
+from pte.report.measurements import (
+    Measurement,
+    grouped,
+    of_metric,
+    seeds_of,
+    sort_key,
+    state_bytes_note,
+    with_state_bytes,
+    words,
+)
 from pte.report.section import Section, by_arm, interval_note, over_condition
 from pte.report.statistics import KNEE, Estimate, estimate, knee
 from pte.report.tables import NOTHING, Table, arm_name, means_table, pivot
 
-if TYPE_CHECKING:
-    pass
+REFERENCE = "reference"
+OWN_WINDOW = re.compile(r"\bof \d+ tokens$")
 
 
 def capacity_section(measurements: Sequence[Measurement]) -> Section:
@@ -67,13 +76,19 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
 
 
 def forgetting_section(measurements: Sequence[Measurement]) -> Section:
-    """Accuracy by the age of the eviction."""
+    """Accuracy by the age of the eviction, beside the share of the queries that were answered at all."""
+    answered = [one for one in of_metric(measurements, "answered_fraction") if one.at("evictions_ago") is None]
+    by_age = [one for one in measurements if one not in answered]
+    if not by_age:
+        return generic_section("forgetting", measurements)
     figures, tables = over_condition(
-        measurements,
+        by_age,
         name="forgetting",
-        scale=Scale("evictions_ago", "evictions since the value left the window, log scale", base=2),
-        caption="Accuracy of recalling a value over how many evictions ago it left the cache.",
+        scale=Scale("evictions_ago", "evictions since the value left the window, log scale", base=2, zero="still kept"),
+        caption="Accuracy of recalling a value over how many evictions ago it left the cache; apart: values that are "
+        "still in it.",
         column_label="evictions ago",
+        beside=answered,
     )
     return Section(
         "forgetting",
@@ -121,12 +136,22 @@ def rules_section(measurements: Sequence[Measurement]) -> Section:
 
 
 def ablation_section(measurements: Sequence[Measurement]) -> Section:
-    """One factor at a time: accuracy against time and memory."""
+    """One factor at a time: accuracy against time and memory, beside the reference that the factor varies."""
     figures, tables = [], []
-    for factor, group in grouped(measurements, lambda one: str(one.at("factor"))).items():
-        values = sorted({str(one.at("value")) for one in group}, key=sort_key)
+    factors = grouped(measurements, lambda one: str(one.at("factor")))
+    reference = factors.pop(REFERENCE, []) if len(factors) > 1 else []
+    for factor, varied in factors.items():
+        compared = comparable(reference, factor=factor, varied=varied)
+        group = with_state_bytes([*compared, *varied])
+        values = sorted({str(one.at("value")) for one in group}, key=reference_first)
         name = factor.replace("_", " ")
         arms = {one.arm for one in group}
+        metrics = list(dict.fromkeys(one.metric for one in with_state_bytes(varied)))
+        caption = f"What {name} changes, a row for each value"
+        if compared:
+            caption += f"; one factor at a time, all else as in the row {REFERENCE!r}"
+        elif reference and OWN_WINDOW.search(factor):
+            caption += f"; all rows have that window, which is not the window of the {REFERENCE}"
         figures.append(
             dot_figure(
                 grouped(group, lambda one: f"{panel_title(one, 'factor', 'value')}: {style.metric_label(one.metric)}"),
@@ -134,21 +159,29 @@ def ablation_section(measurements: Sequence[Measurement]) -> Section:
                 row=lambda one: str(one.at("value")),
                 rows=values,
                 hue=(lambda one: one.arm) if len(arms) > 1 else None,
-                caption=f"What {name} changes, all else as in the main arms.",
+                caption=f"{caption}.",
             )
         )
         tables.append(
             means_table(
-                sorted(group, key=lambda one: (one.task, sort_key(str(one.at("value"))))),
+                sorted(group, key=lambda one: (one.task, reference_first(str(one.at("value"))))),
                 title=f"Ablation of {name}",
                 names=[
                     (name, lambda one: str(one.at("value"))),
                     ("arm", arm_name),
                     ("task", lambda one: panel_title(one, "factor", "value")),
                 ],
-                metrics=list(dict.fromkeys(one.metric for one in group)),
+                metrics=metrics,
                 more=[("seeds", lambda rows: str(len(seeds_of(rows))))],
-                note=interval_note(of_metric(group, "accuracy"), lambda one: (one.arm, one.task, one.setting)),
+                note=" ".join(
+                    filter(
+                        None,
+                        (
+                            interval_note(of_metric(group, "accuracy"), lambda one: (one.arm, one.task, one.setting)),
+                            state_bytes_note([*compared, *varied]),
+                        ),
+                    )
+                ),
             )
         )
     return Section(
@@ -158,6 +191,23 @@ def ablation_section(measurements: Sequence[Measurement]) -> Section:
         figures=tuple(figures),
         tables=tuple(tables),
     )
+
+
+def comparable(reference: Sequence[Measurement], *, factor: str, varied: Sequence[Measurement]) -> list[Measurement]:
+    """Measurements of the reference that a factor's own can be compared with: same task, arm, stage and metric.
+
+    A factor whose name says of how many tokens, such as `evicted of 20 tokens`, has a window of its own, and nothing
+    of the reference is comparable.
+    """
+    if OWN_WINDOW.search(factor):
+        return []
+    known = {(one.task, one.arm, one.stage, one.metric) for one in varied}
+    return [one for one in reference if (one.task, one.arm, one.stage, one.metric) in known]
+
+
+def reference_first(value: str) -> tuple[bool, tuple[int, str, float, str]]:
+    """Orders the values of a factor."""
+    return value != REFERENCE, sort_key(value)
 
 
 def transfer_section(measurements: Sequence[Measurement]) -> Section:
@@ -216,7 +266,7 @@ def generic_section(name: str, measurements: Sequence[Measurement]) -> Section:
         names=5,
     )
     return Section(
-        f"question-{name}".replace("_", "-"),
+        f"question-{style.file_name(name)}",
         name.replace("_", " ").capitalize(),
         "Everything that was measured for this question.",
         tables=(table,),

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pte.report.completions import read_rollouts
 from pte.report.measurements import Measurement, parse_measurement
 
 if TYPE_CHECKING:
@@ -53,17 +54,19 @@ class Part:
 
     Args:
         name: Of the part.
-        question: What was asked.
         seconds: Wall time.
         commit: Of the checkout that measured it.
         measurements: What was found.
+        hardware: Of the machine that measured it; None where the part does not say.
+        versions: Of what measured it, likewise.
     """
 
     name: str
-    question: str
     seconds: float
     commit: str | None
     measurements: tuple[Measurement, ...]
+    hardware: Json = None
+    versions: Json = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class RecordedRun:
         summary: summary.json; empty where it is missing.
         rollouts: Of an evidence run, by name of the file.
         notes: Sentences on what is missing or broken.
+        told_apart: A name, where the report has another comparison of another configuration; else empty.
     """
 
     path: str
@@ -89,6 +93,7 @@ class RecordedRun:
     summary: Row = field(default_factory=dict)
     rollouts: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    told_apart: str = ""
 
     @property
     def name(self) -> str:
@@ -120,16 +125,19 @@ def read_run(path: str) -> RecordedRun:
         return read_train(path, record, notes)
     if any(arm_directories(directory)):
         return read_compare(path, record, notes)
+    half = f" ({notes[0].removesuffix('.')})" if (directory / "record.json").is_file() and notes else ""
     raise ValueError(
-        f"a run directory must hold record.json, metrics.jsonl, arms or parts, got {path!r} with none of them; name a "
-        f"directory that pte train, pte compare or pte evidence wrote"
+        f"a run directory must hold record.json, metrics.jsonl, arms or parts, got {path!r} with none of them{half}; "
+        f"name a directory that pte train, pte compare or pte evidence wrote"
     )
 
 
 def arm_directories(directory: Path) -> Iterator[Path]:
     """Directories of a comparison's arms, by name."""
     for child in sorted(directory.iterdir()):
-        if child.is_dir() and any((child / name).is_file() for name in ("record.json", "metrics.jsonl", "result.json")):
+        if child.name.startswith(".") or not child.is_dir():
+            continue
+        if any((child / name).is_file() for name in ("record.json", "metrics.jsonl", "result.json")):
             yield child
 
 
@@ -177,7 +185,7 @@ def read_evidence(path: str, record: Row, notes: list[str]) -> RecordedRun:
     """An evidence run: those of its parts that are there."""
     directory = Path(path)
     parts = []
-    for file in sorted((directory / "parts").glob("*.json"), key=natural):
+    for file in sorted(json_files(directory / "parts"), key=natural):
         content = read_object(file, notes)
         rows = content.get("measurements")
         if not isinstance(rows, list):
@@ -185,27 +193,49 @@ def read_evidence(path: str, record: Row, notes: list[str]) -> RecordedRun:
                 notes.append(f"{file}: it has no list of measurements; measure this part again.")
             continue
         question = str(content.get("question", file.stem))
-        read = [
-            parse_measurement(row, question=question, where=f"{file}, measurement {number}")
-            for number, row in enumerate(rows, start=1)
-        ]
-        found = tuple(one for one in read if one is not None)
-        if len(found) < len(read):
-            notes.append(f"{file}: {len(read) - len(found)} of {len(read)} measurements have no value.")
+        found = read_measurements(rows, question=question, where=str(file), notes=notes)
         seconds, commit = content.get("seconds"), content.get("commit")
         parts.append(
             Part(
                 name=str(content.get("part", file.stem)),
-                question=question,
                 seconds=float(seconds) if isinstance(seconds, (int, float)) else 0.0,
                 commit=None if commit is None else str(commit),
                 measurements=found,
+                hardware=content.get("hardware"),
+                versions=content.get("versions"),
             )
         )
     if not parts:
         notes.append(f"{path}: no part of this evidence run has been measured yet.")
-    rollouts = {file.stem: read_rollouts(file, notes) for file in sorted((directory / "rollouts").glob("*.json"))}
+    rollouts = {file.stem: read_rollouts(file, notes) for file in sorted(json_files(directory / "rollouts"))}
     return RecordedRun(path, "evidence", record, parts=tuple(parts), rollouts=rollouts, notes=tuple(notes))
+
+
+def read_measurements(
+    rows: Sequence[object], *, question: str, where: str, notes: list[str]
+) -> tuple[Measurement, ...]:
+    """Those of a part that are whole; a note for the others."""
+    found, without_value, broken = [], 0, []
+    for number, row in enumerate(rows, start=1):
+        try:
+            one = parse_measurement(row, question=question, where=f"{where}, measurement {number}")
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        if one is None:
+            without_value += 1
+        else:
+            found.append(one)
+    if without_value:
+        notes.append(f"{where}: {without_value} of {len(rows)} measurements have no value.")
+    if broken:
+        notes.append(f"{broken[0]} ({len(broken)} of {len(rows)} measurements left out).")
+    return tuple(found)
+
+
+def json_files(directory: Path) -> Iterator[Path]:
+    """Its JSON files but for hidden ones, which are half written."""
+    return (file for file in directory.glob("*.json") if not file.name.startswith("."))
 
 
 def natural(file: Path) -> list[tuple[int, str]]:
@@ -246,25 +276,6 @@ def read_lines(path: Path, notes: list[str]) -> tuple[Row, ...]:
             break
         rows.append(row)
     return tuple(rows)
-
-
-NEEDED_OF_A_ROLLOUT = ("id", "prompt_tokens", "completion_tokens", "logprobs", "token_bytes", "evictions")
-
-
-def read_rollouts(path: Path, notes: list[str]) -> tuple[Row, ...]:
-    """The objects of a rollouts.json; none where there is no such file."""
-    if not path.is_file():
-        return ()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        notes.append(f"{path} is not whole ({' '.join(str(error).split())}): its completions are left out.")
-        return ()
-    rows = [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
-    whole = tuple(one for one in rows if all(key in one for key in NEEDED_OF_A_ROLLOUT))
-    if not whole or len(whole) < len(content):
-        notes.append(f"{path}: completions without {', '.join(NEEDED_OF_A_ROLLOUT)} are left out.")
-    return whole
 
 
 def objects_of(value: object) -> dict[str, Row]:

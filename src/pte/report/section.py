@@ -13,7 +13,7 @@ from pte.report import style
 from pte.report.figures import Scale, line_figure, panel_title
 from pte.report.measurements import Measurement, grouped, of_metric
 from pte.report.statistics import estimate
-from pte.report.tables import Table, arm_name, pivot
+from pte.report.tables import NOTHING, Table, arm_name, pivot
 
 if TYPE_CHECKING:
     from pte.report.style import DrawnFigure
@@ -74,8 +74,18 @@ def over_condition(
     scale: Scale,
     caption: str,
     column_label: str,
+    beside: Sequence[Measurement] = (),
 ) -> tuple[tuple[DrawnFigure, ...], tuple[Table, ...]]:
-    """A figure and a table for each metric over a condition of the setting, lines for arms, panels for the rest."""
+    """A figure and a table for each metric over a condition of the setting, lines for arms, panels for the rest.
+
+    Args:
+        measurements: All with the condition in their setting.
+        name: Of the figures.
+        scale: The condition.
+        caption: Of the figures, first sentences.
+        column_label: What the columns of the tables are.
+        beside: Measurements without the condition, which get a column for each metric.
+    """
     figures, tables = [], []
     hidden = [scale.key, *([scale.mark] if scale.mark else [])]
     metrics = list(dict.fromkeys(one.metric for one in measurements))
@@ -85,7 +95,7 @@ def over_condition(
         figures.append(
             line_figure(
                 found,
-                name=f"{name}{several}".replace("_", "-"),
+                name=style.file_name(f"{name}{several}"),
                 metric=metric,
                 scale=scale,
                 panel=lambda one: panel_title(one, *hidden),
@@ -101,11 +111,27 @@ def over_condition(
                     title=f"{title}: {style.metric_label(metric)} by {column_label}",
                     names=[("arm", arm_name)],
                     column=lambda one: one.number(scale.key),
-                    column_label=lambda value: f"{value:,.0f}" if float(str(value)).is_integer() else f"{value:g}",
+                    column_label=lambda value: scale.shown(float(str(value))),
+                    more=whole_rows([one for one in beside if panel_title(one, *hidden) == title]),
                     note=interval_note(group, lambda one: (one.arm, one.setting)),
                 )
             )
     return tuple(figures), tuple(tables)
+
+
+def whole_rows(beside: Sequence[Measurement]) -> list[tuple[str, Callable[[Sequence[Measurement]], str]]]:
+    """Columns of a table whose rows are arms: one for each metric that has no place in the other columns."""
+
+    def column(metric: str) -> tuple[str, Callable[[Sequence[Measurement]], str]]:
+        by_arm = grouped(of_metric(beside, metric), lambda one: one.arm)
+
+        def read(row: Sequence[Measurement]) -> str:
+            found = by_arm.get(row[0].arm)
+            return NOTHING if found is None else style.shown_estimate(metric, estimate(found))
+
+        return style.metric_label(metric), read
+
+    return [column(metric) for metric in dict.fromkeys(one.metric for one in beside)]
 
 
 def spread(values: Iterable[float], *, at_most: int = 9) -> list[float]:

@@ -1,18 +1,21 @@
-"""From runs to a report: which sections there are, in which order, and where everything comes from.
+"""From runs to a report: which sections there are and in which order.
 
-Decides: the order of questions, the facts at the top, the table of provenance, which completions the viewer gets.
+Decides: the order of questions, what is said of measurements that fit no section, which completions the viewer gets.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pte.report import questions, ranking, style, work
-from pte.report.derived import measurements_of
-from pte.report.measurements import Measurement, grouped, of_metric, seeds_of, words
+from pte.report.completions import rounded
+from pte.report.derived import unrepeated
+from pte.report.measurements import STOPPED, Measurement, grouped, of_metric, words
+from pte.report.naming import names_of_lines, with_names
+from pte.report.provenance import facts, provenance
 from pte.report.section import Section
 from pte.report.tables import NOTHING, Table
 
@@ -31,9 +34,6 @@ QUESTIONS: dict[str, Callable[[Sequence[Measurement]], Section]] = {
     "rl": work.rl_section,
     "rules": questions.rules_section,
 }
-STOPPED = "stopped_at_step"
-LOGPROB_DIGITS = 5
-COMMIT_LETTERS = 10
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,14 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
         command: As the user gave it.
         notes: On runs that could not be read.
     """
-    measurements = measurements_of(runs)
+    runs = with_names(runs)
+    measurements, repeated = unrepeated(runs)
     sections = [*([comparison] if (comparison := stages_section(runs)) is not None else [])]
     failed: list[str] = []
     stopped = of_metric(measurements, STOPPED)
-    by_question = grouped((one for one in measurements if one.metric != STOPPED), lambda one: one.question)
+    # The table of arms says at which seeds an arm stopped; elsewhere the note above does.
+    shown = [one for one in measurements if one.metric != STOPPED or one.question == "arms"]
+    by_question = grouped(shown, lambda one: one.question)
     for question in [*QUESTIONS, *sorted(set(by_question) - set(QUESTIONS))]:
         if question in by_question:
             try:
@@ -99,8 +102,14 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
         else f"Report: {', '.join(dict.fromkeys(run.name for run in runs))}",
         lead=f"Read from {' and '.join(counts)}. Intervals are 95 %; captions say what was measured and how often.",
         facts=facts(runs, measurements),
-        notes=(*notes, *(note for run in runs for note in run.notes), *map(stopped_note, stopped), *failed),
-        sections=tuple(sections),
+        notes=(
+            *notes,
+            *(note for run in runs for note in run.notes),
+            *repeated,
+            *map(stopped_note, stopped),
+            *failed,
+        ),
+        sections=with_names_of_figures(sections),
         viewer=viewer,
         provenance=tuple(provenance(runs)),
         configurations=tuple(
@@ -108,6 +117,24 @@ def build_report(runs: Sequence[RecordedRun], *, command: str, notes: Sequence[s
         ),
         command=command,
     )
+
+
+def with_names_of_figures(sections: Sequence[Section]) -> tuple[Section, ...]:
+    """The same with names of figures that are file names, each another."""
+    taken: set[str] = set()
+    found = []
+    for section in sections:
+        figures = []
+        for drawn in section.figures:
+            name = style.file_name(drawn.name)
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{style.file_name(drawn.name)}-{number}"
+            taken.add(name)
+            figures.append(replace(drawn, name=name))
+        found.append(replace(section, figures=tuple(figures)))
+    return tuple(found)
 
 
 def stopped_note(stop: Measurement) -> str:
@@ -176,118 +203,20 @@ def bracketed(summary: Row, key: str) -> str:
     value, interval = summary.get(key), summary.get(f"{key}_ci95")
     if not isinstance(value, (int, float)):
         return NOTHING
-    if not isinstance(interval, list) or len(interval) != 2:
+    if not isinstance(interval, list) or [isinstance(one, (int, float)) for one in interval] != [True, True]:
         return f"{value:.3f}"
     return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def facts(runs: Sequence[RecordedRun], measurements: Sequence[Measurement]) -> tuple[tuple[str, str], ...]:
-    """What stands at the top."""
-    found: list[tuple[str, str]] = []
-    if measurements:
-        seeds = seeds_of(measurements)
-        found.append(("seeds", ", ".join(map(str, seeds)) if len(seeds) <= 6 else f"{len(seeds)} seeds"))
-        found.append(("tasks", ", ".join(sorted({one.task for one in measurements}))))
-        found.append(("arms and rules", str(len({one.arm for one in measurements}))))
-        found.append(("measurements", f"{len(measurements):,}"))
-    parts = [part for run in runs for part in run.parts]
-    if parts:
-        found.append(
-            ("parts, time measured", f"{len(parts)}, {style.shown('seconds', sum(part.seconds for part in parts))}")
-        )
-    commits = sorted({short(commit) for run in runs for commit in commits_of(run)})
-    if commits:
-        found.append(("commit", ", ".join(commits)))
-    machines = sorted({machine for run in runs if (machine := hardware_words(run.record.get("hardware")))})
-    if machines:
-        found.append(("hardware", "; ".join(machines)))
-    return tuple(found)
-
-
-def commits_of(run: RecordedRun) -> list[str]:
-    """Commits that a run and its parts were measured at."""
-    named = [run.record.get("commit"), *(part.commit for part in run.parts)]
-    return list(dict.fromkeys(str(commit) for commit in named if commit))
-
-
-def short(commit: str) -> str:
-    """A commit as readers quote it; `-dirty` stays."""
-    base, dash, rest = commit.partition("-")
-    return base[:COMMIT_LETTERS] + dash + rest
-
-
-def hardware_words(hardware: object) -> str:
-    """A machine as text."""
-    if not isinstance(hardware, Mapping):
-        return str(hardware) if hardware else ""
-    words = []
-    if hardware.get("cpu"):
-        cores = hardware.get("cores")
-        words.append(f"{cores} cores of {hardware['cpu']}" if cores else str(hardware["cpu"]))
-    memory = hardware.get("memory_bytes")
-    if isinstance(memory, (int, float)):
-        words.append(style.shown("bytes", memory))
-    gpus = hardware.get("gpus")
-    if isinstance(gpus, list) and gpus:
-        words.append(", ".join(map(str, gpus)))
-    elif isinstance(gpus, list):
-        words.append("no GPU")
-    return ", ".join(words)
-
-
-def command_of(run: RecordedRun) -> str:
-    """What made a run: as it is recorded, else as its kind says."""
-    recorded = run.record.get("command")
-    if recorded:
-        return str(recorded)
-    preset = run.record.get("preset")
-    return f"pte {run.kind}" + (f" --preset {preset}" if preset else "")
-
-
-def provenance(runs: Sequence[RecordedRun]) -> list[Table]:
-    """Runs, and the parts of evidence runs."""
-    rows = []
-    for run in runs:
-        recorded = run.record.get("seeds")
-        seeds = recorded if isinstance(recorded, list) else sorted({arm.seed for arm in run.arms})
-        versions = run.record.get("versions")
-        rows.append(
-            (
-                run.path,
-                command_of(run),
-                ", ".join(map(short, commits_of(run))) or NOTHING,
-                hardware_words(run.record.get("hardware")) or NOTHING,
-                ", ".join(map(str, seeds)) or NOTHING,
-                ", ".join(f"{name} {one}" for name, one in versions.items())
-                if isinstance(versions, Mapping)
-                else NOTHING,
-            )
-        )
-    tables = [Table("Runs", ("run", "command", "commit", "hardware", "seeds", "versions"), tuple(rows), names=6)]
-    parts = [
-        (
-            part.name,
-            part.question,
-            f"{len(part.measurements):,}",
-            style.shown("seconds", part.seconds),
-            short(part.commit or NOTHING),
-        )
-        for run in runs
-        for part in run.parts
-    ]
-    if parts:
-        tables.append(
-            Table("Parts", ("part", "question", "measurements", "wall time", "commit"), tuple(parts), names=2)
-        )
-    return tables
-
-
 def viewer_groups(runs: Sequence[RecordedRun]) -> tuple[Mapping[str, object], ...]:
     """Completions for the viewer: a group for each arm that has some, PTE's own first."""
+    lines = names_of_lines(runs)
     found: list[tuple[str, str, Sequence[Row]]] = []
     for run in runs:
         for arm in run.arms:
-            name = f"{run.name}: {style.label(arm.name)}" if run.kind == "compare" else arm.name
+            name = (
+                f"{run.told_apart or run.name}: {style.label(arm.name)}" if run.kind == "compare" else lines[run.path]
+            )
             found.append((name, arm.name, arm.rollouts))
         for name, rollouts in run.rollouts.items():
             found.append((f"{run.name}: {style.label(name)}", name, rollouts))
@@ -297,13 +226,3 @@ def viewer_groups(runs: Sequence[RecordedRun]) -> tuple[Mapping[str, object], ..
         for label, _, rollouts in found
         if rollouts
     )
-
-
-def rounded(rollout: Row) -> Row:
-    """The same with log-probs of as many digits as anyone reads."""
-    logprobs = rollout.get("logprobs")
-    assert isinstance(logprobs, list)
-    return {
-        **rollout,
-        "logprobs": [round(value, LOGPROB_DIGITS) for value in logprobs if isinstance(value, (int, float))],
-    }

@@ -3,7 +3,7 @@
 Decides: what the interval of a mean is. Over two or more seeds, Student's t over the seeds' values; with one seed,
 Wilson's interval of its right answers; where all seeds agree to the last digit, t would claim certainty, and Wilson's
 interval of all answers together stands instead. Nothing is said where nothing is known: one seed of a number that is no
-rate has no interval.
+rate has no interval. An interval of t ends where its metric does: a rate at 0 and 1, seconds, bytes and counts at 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pte.report.measurements import grouped
+from pte.report.style import is_amount, is_percent
 from pte.tasks.scoring import wilson_interval
 
 if TYPE_CHECKING:
@@ -97,17 +98,28 @@ def estimate(measurements: Sequence[Measurement]) -> Estimate:
     mean = statistics.fmean(values)
     counted = [one for one in measurements if one.right is not None and one.total]
     total = sum(one.total or 0 for one in counted) if len(counted) == len(measurements) else None
-    rate = total is not None or all(0 <= value <= 1 for value in values)
     if len(values) > 1 and statistics.stdev(values) > 0:
         half = t_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        low, high = mean - half, mean + half
-        if rate:
-            low, high = max(0.0, low), min(1.0, high)
+        lowest, highest = limits(measurements[0].metric, values, counted=total is not None)
+        low, high = max(lowest, mean - half), min(highest, mean + half)
         return Estimate(mean, low, high, len(values), "t over seeds", total)
     if total is not None:
         interval = wilson_interval(sum(one.right or 0 for one in counted), total)
         return Estimate(mean, interval.low, interval.high, len(values), "Wilson", total)
     return Estimate(mean, None, None, len(values), "none")
+
+
+def limits(metric: str, values: Sequence[float], *, counted: bool) -> tuple[float, float]:
+    """What the mean of a metric cannot be below or above.
+
+    Args:
+        metric: Its name.
+        values: Of the seeds; a metric of which one is outside its limits has none.
+        counted: Whether they are shares of counted answers.
+    """
+    if (counted or is_percent(metric) or metric == "reward") and all(0 <= value <= 1 for value in values):
+        return 0.0, 1.0
+    return 0.0 if is_amount(metric) and min(values) >= 0 else -math.inf, math.inf
 
 
 def gap_closed(value: float, *, low: float, high: float) -> float | None:

@@ -28,20 +28,20 @@ LABELS = {
     "lora_full": "LoRA, full cache",
     "lora_window": "LoRA, window (LoRA_c)",
     "lora_window_larger": "LoRA, window + state's bytes",
-    "lora_random": "LoRA, random eviction",
-    "lora_h2o": "LoRA, H2O",
-    "lora_rkv": "LoRA, R-KV",
+    "lora_random": "LoRA, random, + state's bytes",
+    "lora_h2o": "LoRA, H2O, + state's bytes",
+    "lora_rkv": "LoRA, R-KV, + state's bytes",
     "global_only": "global tokens only",
     "pte": "PTE",
     "pte_paper": "PTE, rule paper",
     "pte_read": "PTE, rule read",
-    "pte_best": "PTE, best rule",
+    "pte_delta": "PTE, rule delta",
     "pte_zeroed": "PTE, state zeroed",
     "pte_shuffled": "PTE, state shuffled",
     "every token kept": "every token kept (computed)",
 }
 # What an arm that is not known above is called, and the known arm that it comes after.
-FAMILIES = {"base": ("base", "base_window"), "lora": ("LoRA", "lora_rkv"), "pte": ("PTE", "pte_best")}
+FAMILIES = {"base": ("base", "base_window"), "lora": ("LoRA", "lora_rkv"), "pte": ("PTE", "pte_delta")}
 COLOURS = {
     "base_full": "#7d8896",
     "base_window": "#aab3bd",
@@ -54,12 +54,10 @@ COLOURS = {
     "global_only": "#56b4e9",
     "pte": "#009e73",
     "pte_paper": "#d55e00",
-    "pte_read": "#009e73",
-    "pte_best": "#c2185b",
+    "pte_read": "#84b819",
+    "pte_delta": "#c2185b",
     "pte_zeroed": "#8a9a5b",
     "pte_shuffled": "#b3b04a",
-    "paper": "#d55e00",
-    "read": "#009e73",
     "every token kept": "#7d8896",
 }
 MORE_COLOURS = ("#0072b2", "#c2185b", "#e69f00", "#8f5fa8", "#56b4e9", "#b37400", "#cc79a7", "#5b4b9a", "#6b8e23")
@@ -77,6 +75,11 @@ METRICS = {
     "evaluation_seconds": "evaluation",
     "completion_tokens": "completion length",
     "state_norm": "|S|, Frobenius norm",
+    "read_norm": "|S| as it is read, Frobenius norm",
+    "state_fraction": "state's share of the step",
+    "rollout_state_fraction": "state's share of the rollout",
+    "update_state_fraction": "state's share of the update",
+    "answered_fraction": "answered",
     "loss": "loss",
     "entropy": "entropy",
 }
@@ -251,6 +254,14 @@ def shades(count: int) -> list[str]:
 def is_percent(metric: str) -> bool:
     """Whether a metric is shown in percent."""
     return metric == "accuracy" or metric.endswith(("_accuracy", "_fraction", "_share"))
+
+
+AMOUNTS = ("seconds", "bytes", "tokens", "steps", "evictions", "parameters", "norm", "entropy")
+
+
+def is_amount(metric: str) -> bool:
+    """Whether a metric cannot be below 0 by what it is: a time, a size, a count, or a rate of one by another."""
+    return metric.endswith(AMOUNTS) or "_per_" in metric or metric.startswith("logprob_gap")
 
 
 def unit_of(metric: str, largest: float) -> Unit:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from pte.report import style
 from pte.report.curves import learning_figure, rl_figure
+from pte.report.derived import PLACES
 from pte.report.figures import Scale, panel_title
 from pte.report.grids import breakdown_metrics, stacked_figure
-from pte.report.measurements import Measurement, grouped, of_metric, seeds_of
+from pte.report.measurements import Measurement, grouped, of_metric, seeds_of, state_bytes_note, with_state_bytes
+from pte.report.naming import names_of_lines
 from pte.report.section import Section, by_arm, over_condition
 from pte.report.statistics import Estimate, estimate
 from pte.report.tables import NOTHING, Table, arm_name, means_table
@@ -21,21 +23,23 @@ from pte.report.tables import NOTHING, Table, arm_name, means_table
 if TYPE_CHECKING:
     from pte.report.runs import RecordedRun, Row
 
-PLACES = ("step", "seconds", "tokens")
 STATE_WORK = ("fold_seconds", "read_seconds")
+STATE_SHARE = "state_fraction"
 FLAT = 1.05
 
 
 def learning_section(runs: Sequence[RecordedRun]) -> Section | None:
     """Learning curves: one figure for each comparison, one for all single runs together; None without a step."""
     groups: dict[str, Mapping[str, Sequence[Row]]] = {}
-    single = {arm.name: arm.metrics for run in runs if run.kind == "train" for arm in run.arms if arm.metrics}
+    lines = names_of_lines(runs)
+    single = {lines[run.path]: arm.metrics for run in runs if run.path in lines for arm in run.arms if arm.metrics}
     if single:
         groups["runs"] = single
     for run in runs:
         metrics = {arm.name: arm.metrics for arm in run.arms if arm.metrics}
         if run.kind == "compare" and metrics:
-            groups[f"{run.name}-seed-{run.arms[0].seed}"] = metrics
+            name = f"{run.name}-seed-{run.arms[0].seed}"
+            groups[name if name not in groups else run.path] = metrics
     figures = [
         drawn
         for name, rows in groups.items()
@@ -170,7 +174,7 @@ def cost_section(measurements: Sequence[Measurement]) -> Section:
                     lambda rows: NOTHING if (share := state_share(rows)) is None else style.shown("time_share", share),
                 )
             ]
-            if shares
+            if shares and STATE_SHARE not in here
             else []
         )
         tables.append(means_table(group, title=title, names=[("arm", arm_name)], metrics=ordered, more=more))
@@ -185,8 +189,10 @@ def cost_section(measurements: Sequence[Measurement]) -> Section:
 
 
 def state_share(measurements: Sequence[Measurement]) -> float | None:
-    """The share of fold and read in the measured wall time; None where they were not measured."""
+    """The share of fold and read in a step's wall time, as measured or from its parts; None without either."""
     by_metric = grouped(measurements, lambda one: one.metric)
+    if STATE_SHARE in by_metric:
+        return estimate(by_metric[STATE_SHARE]).mean
     seconds = {metric: estimate(by_metric[metric]).mean for metric in breakdown_metrics(by_metric)}
     if not any(metric in seconds for metric in STATE_WORK) or not sum(seconds.values()):
         return None
@@ -194,12 +200,14 @@ def state_share(measurements: Sequence[Measurement]) -> float | None:
 
 
 def memory_section(measurements: Sequence[Measurement]) -> Section:
-    """A flat line against a rising one."""
+    """A flat line against a rising one; the cache with the state, where its bytes were measured beside it."""
+    told = state_bytes_note(measurements)
+    measurements = with_state_bytes(measurements)
     figures, tables = over_condition(
         measurements,
         name="memory",
         scale=Scale("tokens", "tokens generated"),
-        caption="Memory over the tokens of a completion.",
+        caption=" ".join(filter(None, ("Memory over the tokens of a completion.", told))),
         column_label="tokens generated",
     )
     findings = []

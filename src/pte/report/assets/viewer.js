@@ -39,7 +39,8 @@
       if (value >= size) return `${(value / size).toPrecision(3)} ${unit}`;
     return `${value} B`;
   };
-  const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 0.001
+  // A number that is not known is null.
+  const short = (value) => (value === null ? "-" : value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 0.001
     ? value.toExponential(1) : String(Number(value.toPrecision(3))));
   const visible = (text) => (text.trim() === "" ? JSON.stringify(text) : text.trim());
 
@@ -69,9 +70,10 @@
   const describe = (index) => {
     const logprob = rollout.logprobs[index];
     const probability = Math.exp(logprob);
+    const likely = probability > 0.9995 && probability < 1 ? "> 0.999" : probability.toPrecision(3);
+    const drawn = logprob === null ? "-" : `${logprob.toFixed(4)} nats (p = ${likely})`;
     const left = leftAt[index] === undefined ? "never evicted" : `evicted before token ${leftAt[index]} entered`;
-    return `token ${index}: ${visible(rollout.completion_tokens[index])}\nlog-prob ${logprob.toFixed(4)} nats `
-      + `(p = ${probability > 0.9995 && probability < 1 ? "> 0.999" : probability.toPrecision(3)})\n${left}`;
+    return `token ${index}: ${visible(rollout.completion_tokens[index])}\nlog-prob ${drawn}\n${left}`;
   };
   viewer.addEventListener("mousemove", (event) => {
     const target = event.target.closest("[data-token], [data-tip]");
@@ -154,12 +156,13 @@
     const layers = rows[0][key].length;
     const points = rows.map((one) => [one.before_token, one[key]]);
     if (first) points.unshift([0, first]);
-    const plot = chart(title, Math.max(...points.flatMap(([, values]) => values)), unit);
+    const plot = chart(title, Math.max(...points.flatMap(([, values]) => values.map((value) => value || 0))), unit);
     for (let layer = 0; layer < layers; layer += 1) {
       const colour = layerColour(layer, layers);
-      const path = points.map(([token, values], index) => `${index ? "L" : "M"}${plot.x(token)} ${plot.y(values[layer])}`).join("");
+      const known = points.filter(([, values]) => values[layer] !== null && values[layer] !== undefined);
+      const path = known.map(([token, values], index) => `${index ? "L" : "M"}${plot.x(token)} ${plot.y(values[layer])}`).join("");
       draw(plot.svg, "path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.6 });
-      points.forEach(([token, values]) => draw(plot.svg, "circle", {
+      known.forEach(([token, values]) => draw(plot.svg, "circle", {
         cx: plot.x(token), cy: plot.y(values[layer]), r: points.length > 60 ? 1.6 : 2.8, fill: colour, class: "point",
         "data-tip": `layer ${layer + 1}, ${token === 0 ? "first state" : `eviction before token ${token}`}\n${title}: ${short(values[layer])}`,
       }));
@@ -174,7 +177,7 @@
     find("charts").replaceChildren();
     cursors = [];
     chartWidth = Math.max(320, find("charts").clientWidth);
-    const surprise = rollout.logprobs.map((value) => -value);
+    const surprise = rollout.logprobs.map((value) => (value === null ? 0 : -value));
     const plot = chart("Surprise of each token", Math.max(0.01, ...surprise), "-log p, nats; dashed: evictions; click to go there");
     const width = Math.max(0.8, (chartWidth - LEFT - RIGHT) / plot.count - 1);
     surprise.forEach((value, token) => draw(plot.svg, "rect", {
@@ -212,7 +215,7 @@
     find("bytes").textContent = `${bytes((prompt + kept.length) * rollout.token_bytes + state)}`
       + `${state ? ` (state ${bytes(state)})` : ""}, full cache ${bytes((prompt + inside) * rollout.token_bytes)}`;
     find("drawn").textContent = step < count
-      ? `${visible(rollout.completion_tokens[step])}, log-prob ${rollout.logprobs[step].toFixed(3)}` : "the completion has ended";
+      ? `${visible(rollout.completion_tokens[step])}, log-prob ${rollout.logprobs[step] === null ? "-" : rollout.logprobs[step].toFixed(3)}` : "the completion has ended";
     cursors.forEach(([line, x]) => { line.setAttribute("x1", x(step)); line.setAttribute("x2", x(step)); });
   };
   slider.addEventListener("input", () => go(Number(slider.value)));
