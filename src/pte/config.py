@@ -90,6 +90,9 @@ class AdapterConfig:
     """Keys as they were before the rotary embedding, or after it."""
     global_tokens: int = 32
     """Learnable global tokens that give S its first value. The paper uses 32."""
+    down_start: Literal["queries", "random"] = "queries"
+    """How B starts: `queries`: as the base's own queries, so that it reads what they would attend to; `random`: as in
+    LoRA. An adapter of kind `lora` always starts at random."""
     checkpoint: str | None = None
     """Directory of a saved adapter, or of a run, to start from."""
 

@@ -24,7 +24,7 @@ from pte.method.eviction.rkv import RedundantKeys
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
-from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
+from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
 from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES
 from pte.tasks.task import Task, generated_task, jsonl_task
@@ -132,6 +132,8 @@ def open_session(config: ExperimentConfig) -> Session:
             global_tokens=options.global_tokens,
             seed=config.run.seed,
         )
+        if options.down_start == "queries" and adapter.encoder is not None:
+            adapter.start_from_queries(query_maps(base))
         attach_adapter(base, adapter)
     policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
     session = Session(base_name=config.model.path, policy=policy, task=task)

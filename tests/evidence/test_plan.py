@@ -219,6 +219,7 @@ def test_an_ablation_differs_from_its_reference_in_one_factor() -> None:
         "adapted maps": {"adapter.targets"},
         "adapted layers": {"adapter.layers"},
         "keys": {"adapter.key_space"},
+        "start of B": {"adapter.down_start"},
         "gradient_mode": {"distill.gradient_mode", "distill.horizon"},
         "evicted of 20 tokens": {"cache.window_tokens", "cache.evict_tokens"},
     }

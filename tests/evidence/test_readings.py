@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from pte.config import TaskConfig
 from pte.evidence import readings
 from pte.evidence.measurements import Label
 from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries, share, state_sizes, trace_blocks
@@ -122,8 +124,14 @@ def test_a_reading_of_queries_counts_those_that_were_never_answered_as_wrong(mon
     same = " ".join(word[:-1] + "1" if "=" in word else word for word in RIGHT.split())
     texts = [RIGHT, RIGHT.replace("ask5 key5=5", "ask5 key5=6"), RIGHT.replace("ask1", "ask4"), same, ""]
     completions = [completion(text) for text in texts]
-    monkeypatch.setattr(readings, "evaluate_session", lambda *_, **__: (None, completions))
-    (found,) = read(session, Reading(LABEL, config, kind="queries"))
+    evaluation = SimpleNamespace(
+        samples_per_problem=1, peak_cache_bytes=10, peak_state_bytes=2, evictions=3.0, completion_tokens=4.0
+    )
+    monkeypatch.setattr(readings, "evaluate_session", lambda *_, **__: (evaluation, completions))
+    task, sampled = TaskConfig(kind="recall", num_facts=5, num_queries=4), replace(config.eval, temperature=0.5)
+    recall = replace(config, task=task, eval=sampled)
+    monkeypatch.setattr(readings, "session_of", lambda session, _: session)
+    found, *_ = read(session, Reading(LABEL, recall))
     assert found == share(LABEL, "accuracy", [(4, 4), (3, 4), (2, 4), (0, 4), (0, 4)])
     assert found.value == (4 + 3 + 2) / 20
 

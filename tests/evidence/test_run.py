@@ -147,7 +147,7 @@ def test_the_report_is_written_from_the_json_alone_and_the_same_again(
 
 
 def test_chosen_parts_bring_the_bases_that_they_wait_for(tmp_path: Path) -> None:
-    assert go(tmp_path, only=["arms-recall-32-base"], minutes=0) == ["base-recall", "arms-recall-32-base"]
+    assert go(tmp_path, only=["arms-recall-16-base"], minutes=0) == ["base-recall", "arms-recall-16-base"]
     assert go(tmp_path, only=["arms-chained-8w-base"], minutes=0) == ["arms-chained-8w-base"]
 
 
@@ -219,9 +219,7 @@ def test_parts_of_other_settings_and_damaged_ones_are_named_before_work_starts(
     path = part_file(copy, "full")
     whole = path.read_text()
     path.write_text(whole.replace('"fingerprint": "', '"fingerprint": "0'))
-    with pytest.raises(
-        ValueError, match=r"got 1 with others in .*run \(full\); delete their files in"
-    ):
+    with pytest.raises(ValueError, match=r"got 1 with others in .*run \(full\); delete their files in"):
         go(copy)
     assert go(copy, only=["window"]) == [], "parts that are not chosen do not matter"
     path.write_text(whole[: len(whole) // 2])

@@ -172,6 +172,32 @@ def test_parameters_are_float32_and_of_the_paper_s_shapes() -> None:
     assert all(p.count_nonzero() > 0 for n, p in adapter.named_parameters() if not n.endswith(".up"))
 
 
+def test_a_start_from_queries_reads_the_address_of_the_keys_that_a_query_looks_for() -> None:
+    adapter = ThoughtAdapter(SIZES, rank=3, global_tokens=2).double()
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    generator = torch.Generator().manual_seed(4)
+    query_maps = [torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    adapter.start_from_queries(query_maps)
+    x = torch.randn(6, generator=generator, dtype=torch.float64)
+    for layer, query_map in enumerate(query_maps):
+        keys = (query_map @ x).expand(2, 1, 1, 4)  # what x looks for, as keys of both layers
+        address = adapter.encoder.mapped(keys, keys)[0][layer, 0, 0]
+        for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            down, size = adapter.pair(layer, name).down, before[f"layers.{layer}.{name}.down"].norm()
+            read = down @ x
+            torch.testing.assert_close(read / read.norm(), address / address.norm(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(down.norm(), size, rtol=1e-12, atol=0)
+        for name in ("o_proj", "down_proj"):
+            assert torch.equal(adapter.pair(layer, name).down, before[f"layers.{layer}.{name}.down"])
+    moved = {name for name, p in adapter.named_parameters() if not torch.equal(p, before[name])}
+    assert all(name.endswith(".down") for name in moved), "A stays zero, the encoder as it is"
+
+
+def test_an_adapter_without_an_encoder_has_no_addresses_to_start_from() -> None:
+    with pytest.raises(ValueError, match="start_from_queries needs an encoder, got an adapter of kind 'lora'"):
+        ThoughtAdapter(SIZES, kind="lora", rank=3).start_from_queries([torch.zeros(4, 6)] * 2)
+
+
 def test_only_the_thought_kind_folds_and_only_lora_has_no_encoder() -> None:
     kinds = {kind: ThoughtAdapter(SIZES, kind=kind, rank=3) for kind in ("thought", "global_only", "lora")}
     assert {kind: adapter.folds for kind, adapter in kinds.items()} == {

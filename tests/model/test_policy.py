@@ -6,7 +6,7 @@ import torch
 from pte.method.adapter import LINEAR_MAPS, LayerSizes, ThoughtAdapter, ThoughtLinear
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.schedule import EvictionSchedule
-from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, home_of, layer_sizes
+from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, home_of, layer_sizes, linear_of, query_maps
 from pte.model.segment import named_trainable
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
@@ -132,3 +132,16 @@ def test_an_eviction_policy_that_cannot_work_is_refused_with_the_policy() -> Non
     policy = tiny_policy(kind=None)
     with pytest.raises(ValueError, match="use sink_tokens of at most 4"):
         policy.with_cache(policy.schedule, AttentionSinks(6))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_query_maps_are_the_mean_query_of_the_heads_that_share_a_key_head(architecture: str) -> None:
+    base = tiny_base(architecture)
+    x = torch.randn(base.config.hidden_size, dtype=torch.float64)
+    found = query_maps(base)
+    assert len(found) == 2
+    for layer, query_map in zip(base.get_decoder().layers, found, strict=True):
+        queries = linear_of(layer, "q_proj").weight @ x
+        heads = queries.view(4, -1)  # heads 0 and 1 read key head 0, heads 2 and 3 key head 1
+        expected = torch.cat([(heads[0] + heads[1]) / 2, (heads[2] + heads[3]) / 2])
+        torch.testing.assert_close(query_map @ x, expected, rtol=0, atol=1e-12)

@@ -78,6 +78,8 @@ def level(
     shape: TaskConfig,
     *,
     steps: int,
+    learning_rate: float = 3e-3,
+    batch_size: int = 16,
     base: Path | None = None,
     compared: bool = True,
 ) -> Level:
@@ -87,6 +89,8 @@ def level(
         name: Of the level.
         shape: Of the problems.
         steps: Of the warm start.
+        learning_rate: Of the warm start.
+        batch_size: Of the warm start.
         base: Folder of the base; None for the shipped one.
         compared: Whether all arms are compared on it.
     """
@@ -94,7 +98,13 @@ def level(
         model=ModelConfig(path="embedded" if base is None else str(base)),
         adapter=AdapterConfig(rank=32, global_tokens=32, update_rule="delta"),
         cache=WINDOW,
-        distill=DistillConfig(steps=steps, batch_size=16, learning_rate=3e-3, decay="linear"),
+        distill=DistillConfig(
+            steps=steps,
+            batch_size=batch_size,
+            micro_batch_size=batch_size,
+            learning_rate=learning_rate,
+            decay="linear",
+        ),
         train=TrainConfig(steps=0, checkpoint_every=50, log_completions=False),
         eval=EvalConfig(problems=512, temperature=max(FAMILIES[name].temperature for name in shape.families)),
     )
@@ -142,10 +152,16 @@ def stream_shape(windows: int, *, max_age: int) -> TaskConfig:
     return TaskConfig(kind="recall", num_facts=facts, num_queries=facts // 2, max_age=max_age)
 
 
+def recall_level(name: str, shape: TaskConfig, *, base: Path) -> Level:
+    """Recall, whose traces are mostly values that nobody can foresee: more steps, larger batches."""
+    return level(name, shape, steps=400, learning_rate=6e-3, batch_size=32, base=base)
+
+
 def stream_level(name: str, windows: int, *, max_age: int, base: Path) -> Level:
     """Streams; a completion has many queries, so that fewer of them are scored."""
-    one = level(name, stream_shape(windows, max_age=max_age), steps=200, base=base, compared=False)
-    return replace(one, config=replace(one.config, eval=replace(one.config.eval, problems=STREAM_PROBLEMS)))
+    one = recall_level(name, stream_shape(windows, max_age=max_age), base=base)
+    config = replace(one.config, eval=replace(one.config.eval, problems=STREAM_PROBLEMS))
+    return replace(one, config=config, compared=False)
 
 
 def with_grpo(level: Level) -> ExperimentConfig:
@@ -170,7 +186,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         directory: Of the run, which holds the bases.
     """
     bases = directory / BASES
-    recall = TaskConfig(kind="recall", num_facts=32, num_queries=8)
+    recall = TaskConfig(kind="recall", num_facts=16, num_queries=8)
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
     mixture = TaskConfig(kind="mixture", mixture=("permutation", "multiplication"))
@@ -180,7 +196,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
         chained_level(6),
         chained_level(12),
         replace(rl, config=with_grpo(rl)),
-        level("recall-32", recall, steps=200, base=bases / "recall"),
+        recall_level("recall-16", recall, base=bases / "recall"),
         stream_level("recall-stream", 16, max_age=STREAM_AGE, base=bases / "recall"),
         stream_level("recall-length", 8, max_age=NEAR_AGE, base=bases / "recall"),
         level("permutation", permutation, steps=200, base=bases / "permutation"),

@@ -49,7 +49,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     """
     levels = levels_of(directory)
     if preset == "quick":
-        chosen = [levels["chained-8w"], levels["recall-32"]]
+        chosen = [levels["chained-8w"], levels["recall-16"]]
         quick: list[Part] = []
         for one in chosen:
             quick += [*base_parts(one), *arm_parts(one, MAIN_ARMS, seed=0)]
@@ -61,7 +61,7 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
             once = seed > 0 and level.name == "multiplication"
             parts += arm_parts(level, MAIN_ARMS if once else (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
-        parts += capacity_parts(levels["recall-32"], seed=seed)
+        parts += capacity_parts(levels["recall-16"], seed=seed)
         parts += forgetting_parts(levels["recall-stream"], seed=seed)
         parts += length_parts(levels["recall-length"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
@@ -161,7 +161,7 @@ def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
                 name=f"capacity-{facts}facts-rank{rank}-{arm}-seed{seed}",
                 config=config,
                 arm=arm,
-                readings=(Reading(about, config, kind="queries"),),
+                readings=(Reading(about, config),),
                 after=level.base,
             )
 
@@ -188,7 +188,7 @@ def length_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
             windows = level.windows + beyond
             setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
             about = Label("length", level.task, arm, "warm_start", seed, setting)
-            readings.append(Reading(about, seeded(level.stream(windows=windows), seed), kind="queries"))
+            readings.append(Reading(about, seeded(level.stream(windows=windows), seed)))
         yield TrainedPart(
             name=f"length-{arm}-seed{seed}",
             config=seeded(level.config, seed),
@@ -200,7 +200,7 @@ def length_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
 
 def ablation_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
     """One factor at a time, in a training short enough to leave room; the first part is what all others vary."""
-    config = seeded(replace(level.config, distill=replace(level.config.distill, steps=120)), seed)
+    config = seeded(replace(level.config, distill=replace(level.config.distill, steps=60)), seed)
     yield ablation(level, config, factor="reference", value="reference")
     for factor, values in ADAPTER_FACTORS.items():
         for value, change in values.items():
@@ -226,6 +226,7 @@ ADAPTER_FACTORS: dict[str, dict[str, dict[str, object]]] = {
     },
     "adapted layers": {"first": {"layers": (0,)}, "middle": {"layers": (1,)}, "last": {"layers": (2,)}},
     "keys": {"after rotary": {"key_space": "post_rotary"}},
+    "start of B": {"random": {"down_start": "random"}},
 }
 GRADIENT_MODES: tuple[tuple[str, GradientMode, int], ...] = (
     ("exact", "exact", 1),

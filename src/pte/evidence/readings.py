@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pte.report.measurements import Measurement
     from pte.tasks.evaluate import EvaluatedCompletion
 
-ReadingKind = Literal["accuracy", "age", "queries", "state_size"]
+ReadingKind = Literal["accuracy", "age", "state_size"]
 STATE_EVICTIONS = 10_000
 STATE_PROBLEMS = 8
 
@@ -46,7 +46,7 @@ class Reading:
         label: What the score is about.
         config: The PTE experiment, which the label's arm changes; its sections task, cache, eval and run say how the
             policy is scored.
-        kind: `accuracy` of whole completions; on recall, share of right `queries`, or the same by `age` of eviction;
+        kind: `accuracy` of whole completions, on recall of each query; on recall, the same by `age` of eviction;
             `state_size` over 10,000 evictions.
     """
 
@@ -82,12 +82,14 @@ def read(session: Session, reading: Reading) -> list[Measurement]:
     evaluation, completions = evaluate_session(session, config, name=next(iter(session.task.evaluation)))
     if reading.kind == "age":
         return accuracy_by_age(completions, reading.label, schedule=config.cache.schedule)
-    if reading.kind == "queries":
-        return [share(reading.label, "accuracy", [first_time_queries(one) for one in completions])]
+    if config.task.kind == "recall":
+        counts = [first_time_queries(one) for one in completions]
+    else:
+        counts = [(int(one.right), 1) for one in completions]
     each = evaluation.samples_per_problem
-    right = [one.right for one in completions]
+    by_problem = [tuple(map(sum, zip(*counts[at : at + each], strict=True))) for at in range(0, len(counts), each)]
     return [
-        share(reading.label, "accuracy", [(sum(right[at : at + each]), each) for at in range(0, len(right), each)]),
+        share(reading.label, "accuracy", by_problem),
         reading.label.measured("cache_bytes", float(evaluation.peak_cache_bytes)),
         reading.label.measured("state_bytes", float(evaluation.peak_state_bytes)),
         reading.label.measured("evictions", evaluation.evictions),
@@ -95,7 +97,7 @@ def read(session: Session, reading: Reading) -> list[Measurement]:
     ]
 
 
-def share(label: Label, metric: str, counts: Sequence[tuple[int, int]]) -> Measurement:
+def share(label: Label, metric: str, counts: Sequence[Sequence[int]]) -> Measurement:
     """The share of right answers, with as many independent answers as are as uncertain as these.
 
     Answers to one problem are alike: 4 samples of each of 256 problems say less than 1024 problems would. The variance

@@ -22,6 +22,8 @@ from pte.method.eviction.window import OldestFirst
 from pte.method.schedule import EvictionSchedule
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -103,6 +105,18 @@ def layer_sizes(base: PreTrainedModel) -> LayerSizes:
         hidden_size=base.config.hidden_size,
         maps={name: (linear.in_features, linear.out_features) for name, linear in maps.items()},
     )
+
+
+def query_maps(base: PreTrainedModel) -> list[Float[Tensor, "kv_dim hidden"]]:
+    """What the queries of each layer look for among keys: W_q, the mean over the heads that share a key head."""
+    found = []
+    for layer in base.get_decoder().layers:
+        weight = linear_of(layer, "q_proj").weight.detach()
+        attention = layer.get_submodule("self_attn")
+        kv_heads = linear_of(layer, "k_proj").out_features // attention.head_dim
+        grouped = weight.view(kv_heads, -1, attention.head_dim, weight.shape[-1])
+        found.append(grouped.mean(1).flatten(0, 1))
+    return found
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:

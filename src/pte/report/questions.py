@@ -102,7 +102,7 @@ def forgetting_section(measurements: Sequence[Measurement]) -> Section:
 def length_section(measurements: Sequence[Measurement]) -> Section:
     """Accuracy far beyond the training length."""
     figures, tables = over_condition(
-        measurements,
+        of_metric(measurements, "accuracy"),
         name="length",
         scale=Scale("windows", "windows generated, log scale", base=2, mark="trained_windows"),
         caption="Accuracy over the length of the completion, counted in windows; dotted: the longest trained on.",
