@@ -190,7 +190,7 @@ def levels_of(directory: Path) -> dict[str, Level]:
     permutation = TaskConfig(kind="permutation")
     multiplication = TaskConfig(kind="multiplication")
     mixture = TaskConfig(kind="mixture", mixture=("permutation", "multiplication"))
-    rl = replace(chained_level(4, steps=90), name="chained-rl", compared=False)
+    rl = replace(chained_level(4, steps=25), name="chained-rl", compared=False)
     found = [
         chained_level(3),
         chained_level(6),
