@@ -31,13 +31,14 @@ __all__ = [
     "layer_sizes",
     "load_base",
     "load_tokenizer",
+    "query_maps",
 ]
 
 _HOMES = {
     "pte.method.adapter": ("ThoughtAdapter",),
     "pte.method.schedule": ("EvictionSchedule",),
     "pte.model.load": ("load_base", "load_tokenizer"),
-    "pte.model.policy": ("BoundedPolicy", "attach_adapter", "detach_adapter", "layer_sizes"),
+    "pte.model.policy": ("BoundedPolicy", "attach_adapter", "detach_adapter", "layer_sizes", "query_maps"),
     "pte.rollout.generate": ("RolloutEngine",),
     "pte.rollout.record": ("Rollout", "RolloutRequest", "collate_rollouts"),
     "pte.rollout.replay": ("Replay",),
