@@ -164,8 +164,9 @@ def corrected(
 
     Equals: for each token with address u and content v, S <- S + (v - S u) u^T / (1 + |u|^2). A token overwrites the
     share |u|^2 / (1 + |u|^2) of what S answers to its address and leaves all other directions alone, so that an answer
-    never overshoots and a token with a small address writes little. |S| itself has no bound; what is read has. Solved at once: the corrections d_i = (v_i - S_i u_i) g_i
-    with g_i = 1 / (1 + |u_i|^2) obey (I + g tril(U U^T, -1)) D = g (V - U S^T), and S_new = S + D^T U.
+    never overshoots and a token with a small address writes little. |S| itself has no bound; what is read has. Solved
+    at once: the corrections d_i = (v_i - S_i u_i) g_i with g_i = 1 / (1 + |u_i|^2) obey
+    (I + g tril(U U^T, -1)) D = g (V - U S^T), and S_new = S + D^T U.
     """
     gains = 1 / (1 + addresses.square().sum(-1, keepdim=True))
     overlaps = gains * (addresses @ addresses.transpose(2, 3))
