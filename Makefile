@@ -1,4 +1,4 @@
-# make train: the main job on the embedded default.  make evidence: its proof (PRESET=full for all of it).  make test: the tests.  make lint: style, types, import layers.
+# make train: the main job on the embedded default.  make evidence: its proof (PRESET=full for all of it).  make test: the tests (make unit: without whole runs).  make lint: style, types, import layers.
 # Needs python3 (3.11 or newer, with venv and pip) and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 # Workers import torch, so more of them than files of tests only cost start-up time.
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install train evidence test lint clean
+.PHONY: install train evidence test unit lint clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -18,6 +18,9 @@ evidence: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not system"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -18,6 +18,8 @@ from pte.session import open_session
 from pte.tasks.evaluate import Evaluation, evaluate_session
 from short_runs import short_config
 
+pytestmark = pytest.mark.system
+
 CONFIG = short_config(eval__problems=2)
 LARGER = {name for name, arm in ARMS.items() if arm.cache == "larger"}
 

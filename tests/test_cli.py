@@ -26,6 +26,8 @@ from pte.checkpoint import save_adapter
 from pte.cli import ARGUMENTS, EXAMPLES, main, parse
 from short_runs import open_short, short_flags, text_model, write_problems, write_traces
 
+pytestmark = pytest.mark.system
+
 
 def flat(text: str) -> str:
     """Text without the parser's box, colours and line breaks."""

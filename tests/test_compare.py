@@ -24,6 +24,8 @@ from pte.method.cache import analytic_bytes
 from pte.run_record import MetricsLog
 from short_runs import open_short, short_config, short_flags
 
+pytestmark = pytest.mark.system
+
 MINIATURE = {"distill__steps": 2, "train__steps": 2, "eval__problems": 8, "train__checkpoint_every": 1}
 # What the issue asks for, then what we add.
 KEYS = {

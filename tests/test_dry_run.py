@@ -15,6 +15,8 @@ from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
 from short_runs import equal, open_short, parameters, short_config, short_flags, text_model, write_problems
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, int, int]]]:

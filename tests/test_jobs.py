@@ -13,6 +13,8 @@ from killed import fail, leave_a_mark
 from pte import jobs
 from pte.jobs import Job, Outcome, described, run_jobs
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(autouse=True)
 def workers_that_start_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from jaxtyping import TypeCheckError
 import shape_checks
 from pte.method.thought import normalize
 
+pytestmark = pytest.mark.system
+
 
 def test_a_function_of_the_library_refuses_a_state_that_is_not_square() -> None:
     torch.testing.assert_close(normalize(2 * torch.eye(3)), torch.eye(3))

@@ -24,6 +24,8 @@ from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
 
+pytestmark = pytest.mark.system
+
 MINI = replace(
     CPU,
     name="mini",

@@ -24,6 +24,8 @@ from pte.evidence.step import CostStep
 from pte.timing import SPANS
 from short_runs import short_config
 
+pytestmark = pytest.mark.system
+
 TOKENS, SEQUENCES, RANK = 24, 4, 4
 # Three layers of 2 x 2 heads of 32 numbers, float32.
 TOKEN_BYTES = 3 * 2 * 64 * 4

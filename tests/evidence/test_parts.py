@@ -22,6 +22,8 @@ from pte.tasks.bases import BaseRecipe
 from pte.tasks.generated import GeneratedProblem
 from short_runs import short_config
 
+pytestmark = pytest.mark.system
+
 Row = dict[str, object]
 ORIGIN = Origin(commit="abc", hardware={"cores": 2}, versions={"python": "3.11"})
 

@@ -27,6 +27,8 @@ from pte.evidence.run import job_of, parts_left, run_evidence
 from pte.tasks.bases import RECIPES
 from short_runs import short_config
 
+pytestmark = pytest.mark.system
+
 
 def scored(name: str, arm: str) -> ScoredPart:
     config = short_config(eval__problems=2)

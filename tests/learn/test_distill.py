@@ -12,6 +12,8 @@ from pte.rollout.record import collate
 from pte.rollout.replay import Replay
 from short_runs import equal, largest_difference, open_short, parameters, text_model, write_problems, write_traces
 
+pytestmark = pytest.mark.system
+
 
 def stage_of(**changes: object):
     config, session = open_short(train__steps=0, **changes)

@@ -17,6 +17,8 @@ from pte.rollout.replay import Replay, ReplayOutput
 from pte.session import Session
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
+pytestmark = pytest.mark.system
+
 # Traces of 24 tokens: evictions before tokens 8, 12, 16, 20.
 SHORTER = {
     "distill__steps": 0,

@@ -22,6 +22,8 @@ from pte.learn.trainer import CHECKPOINTS, open_run, save, train
 from pte.rollout.replay import Replay, ReplayOutput
 from short_runs import equal, parameters, short_config, short_flags
 
+pytestmark = pytest.mark.system
+
 # A reward that is not the same for all, two kinds of stage, further rounds, two updates on a batch, checkpoints that
 # lie apart: everything that a checkpoint has to bring back.
 RESUMED = {

@@ -21,9 +21,8 @@ from pte.cli import main
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver"
-)
+NO_BROWSER = "needs chromium and chromedriver: apt-get install chromium chromium-driver"
+pytestmark = [pytest.mark.system, pytest.mark.skipif(not (BROWSER and DRIVER), reason=NO_BROWSER)]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 from pte.cli import main
 from pte.report.tables import Table
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def written(train_run: Path, evidence_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

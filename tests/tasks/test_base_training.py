@@ -31,6 +31,8 @@ from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES, joint_vocabulary
 from pte.tasks.generated import GeneratedProblem
 
+pytestmark = pytest.mark.system
+
 BOTH = [FAMILIES["recall"], FAMILIES["chained"]]
 TINY = BaseSettings(
     steps=3,

@@ -17,6 +17,8 @@ from pte.tasks.evaluate import Evaluation, evaluate
 from pte.tasks.scoring import pass_at_k, wilson_interval
 from short_runs import odd_ids, open_short
 
+pytestmark = pytest.mark.system
+
 
 def scored(session: Session, **changes: object) -> tuple[Evaluation, list[bool], list[str]]:
     settings = {

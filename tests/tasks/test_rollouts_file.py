@@ -12,6 +12,8 @@ from pte.tasks.evaluate import evaluate_session
 from pte.tasks.rollouts_file import ROLLOUTS, token_texts, write_rollouts
 from short_runs import open_short, short_flags
 
+pytestmark = pytest.mark.system
+
 
 class Spelling:
     """A tokenizer whose text of two tokens is not that of the two alone where the second is 9."""
