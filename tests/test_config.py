@@ -47,6 +47,7 @@ targets = ["q_proj", "v_proj"]
 layers = [1, 0]
 update_rule = "paper"
 key_space = "post_rotary"
+down_start = "random"
 global_tokens = 0
 checkpoint = "runs/a b"
 [cache]
@@ -358,8 +359,8 @@ def test_every_field_has_its_words_in_the_help(capsys: pytest.CaptureFixture[str
     for section, cls in SECTIONS.items():
         for field in dataclasses.fields(cls):
             assert f"--{section}.{field.name.replace('_', '-')}" in shown
-    source = Path(configs.__file__).read_text() + Path(configs.__file__).with_name("config_stages.py").read_text()
-    lines = source.splitlines()
+    files = [Path(configs.__file__).with_name(name) for name in ("config.py", "config_policy.py", "config_stages.py")]
+    lines = "".join(path.read_text() for path in files).splitlines()
     for number, line in enumerate(lines[:-1]):
         if line.startswith("    ") and line[4:5].isalpha() and ": " in line and " = " in line and "(" not in line:
             assert lines[number + 1].strip().startswith('"""'), f"{line.strip()} has no docstring"
