@@ -118,8 +118,8 @@ class Reference:
             key = key_map.weight @ token + (0 if key_map.bias is None else key_map.bias)
             value = value_map.weight @ token + (0 if value_map.bias is None else value_map.bias)
             tokens.append((self.keys_of(index, key).reshape(-1), value))
-        first = self.encode(index, tokens)
-        return first if self.adapter.update_rule == "read" else unit(first, self.adapter.rank)
+        rank, dtype = self.adapter.rank, self.adapter.encoder.key_map.dtype
+        return self.fold(torch.zeros(rank, rank, dtype=dtype), index, tokens)
 
     def logprobs(self, prompt, completion, *, dtype=torch.float64):
         """Log-prob of every completion token, a differentiable vector."""

@@ -17,6 +17,7 @@ from transformers import (
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.window import OldestFirst
 from pte.method.schedule import EvictionSchedule
+from pte.method.thought import GLOBAL_TOKEN_SIZE
 from pte.model.load import freeze
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
 
@@ -82,6 +83,8 @@ def tiny_policy(
         for name, parameter in adapter.named_parameters():
             if name.endswith(".up"):
                 parameter.data = torch.randn(parameter.shape, generator=generator) * up_std
+            elif name.endswith("global_tokens"):
+                parameter.data /= GLOBAL_TOKEN_SIZE
         if dtype == torch.float64:
             adapter.double()
         attach_adapter(base, adapter)

@@ -67,9 +67,12 @@ def test_folding_and_reading_the_state_cost_what_the_formula_of_the_rule_says(ru
 
     # Keys and values of three global tokens, once; blocks leave before tokens 8, 12 and 16 enter.
     first = 2 * 2 * LAYERS * 3 * HIDDEN * KV_DIM + fold(3, 1)
+
     # Rule delta also asks what S answers to each address, how addresses overlap, and solves for the corrections.
-    corrected = 2 * BLOCK * RANK * RANK + 2 * BLOCK * BLOCK * RANK + BLOCK * BLOCK * RANK
-    more = 3 * BATCH * LAYERS * corrected if rule == "delta" else 0
+    def corrected(tokens: int) -> int:
+        return LAYERS * (2 * tokens * RANK * RANK + 3 * tokens * tokens * RANK)
+
+    more = 3 * BATCH * corrected(BLOCK) + corrected(3) if rule == "delta" else 0
     assert thought - lora == read + first + 3 * fold(BLOCK, BATCH) + more
 
 

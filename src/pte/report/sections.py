@@ -148,7 +148,7 @@ def stopped_note(stop: Measurement) -> str:
 
 def section_of(question: str, measurements: Sequence[Measurement]) -> Section:
     """The section of a question; of an unknown one, or of one without the metric it is about, a plain table."""
-    needs_accuracy = question in ("capacity", "transfer")
+    needs_accuracy = question in ("capacity", "length", "transfer")
     if question not in QUESTIONS or (needs_accuracy and all(one.metric != "accuracy" for one in measurements)):
         return questions.generic_section(question, measurements)
     return QUESTIONS[question](measurements)
