@@ -24,7 +24,7 @@ def float32_policy(architecture: str) -> BoundedPolicy:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rollout_and_replay_are_one_policy(architecture: str, temperature: float) -> None:
     policy = float32_policy(architecture)
-    rollouts = sample(policy, requests_for(PROMPTS), slots=3, temperature=temperature, stop=(7,), max_new_tokens=22)
+    rollouts = sample(policy, requests_for(PROMPTS), slots=3, temperature=temperature, stop=(7,), max_new_tokens=26)
     reasons = [rollout.finish_reason for rollout in rollouts]
     # Ragged prompts, early stops, cut-offs, evictions and refilled slots: all are in here.
     assert len({len(prompt) for prompt in PROMPTS}) >= 4 and {"stop", "length"} == set(reasons)
