@@ -11,7 +11,7 @@ from sampled import SETTINGS, gap, recorded, replay_of, requests_for, sample
 from tiny import ARCHITECTURES, VOCAB, random_sequences, tiny_base, tiny_policy
 
 MAX_GAP = 1e-5
-PROMPTS = [(5,), *random_sequences(6, prompt=(2, 9))[0]]
+PROMPTS = [(5,), *random_sequences(10, prompt=(2, 9))[0]]
 
 
 def float32_policy(architecture: str) -> BoundedPolicy:
