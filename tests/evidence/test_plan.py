@@ -169,12 +169,18 @@ def test_stages_are_learned_separately_warm_start_alone_grpo_alone_and_both() ->
 
 
 def test_capacity_has_every_number_of_facts_at_every_rank_and_every_rule() -> None:
-    settings = [(one.label.arm, one.label.setting["facts"], one.label.setting["rank"]) for one in labels("capacity")]
+    settings = [
+        (one.label.arm, one.label.setting["facts"], one.label.setting.get("rank")) for one in labels("capacity")
+    ]
     for facts in CAPACITY_FACTS:
         assert {("pte_delta", facts, rank) for rank in (8, 16, 32, 64)} <= set(settings)
         assert {(rule, facts, 32) for rule in RULES} <= set(settings)
     assert (min(CAPACITY_FACTS), max(CAPACITY_FACTS)) == (4, 128)
+    bases = [one for one in labels("capacity") if one.label.arm == "base_full"]
+    assert [one.config.task.num_facts for one in bases] == list(CAPACITY_FACTS)
     for one in labels("capacity"):
+        if one in bases:
+            continue
         assert (one.config.task.num_facts, one.config.adapter.rank) == (
             one.label.setting["facts"],
             one.label.setting["rank"],

@@ -51,11 +51,12 @@ def test_without_lora_there_is_no_gap_and_no_sentence_on_it() -> None:
 def test_a_knee_is_said_per_rule_and_rank() -> None:
     curve = {4: 1.0, 8: 0.92, 16: 0.4}
     rows = [measured("capacity", "pte_read", value, facts=facts, rank=8) for facts, value in curve.items()]
-    section = capacity_section([*rows, measured("capacity", "pte_paper", 0.2, facts=4, rank=8)])
-    assert section.findings == ("PTE, rule read, rank 8: knee at 8 facts.",)
+    base = measured("capacity", "base_full", 1.0, facts=4)
+    section = capacity_section([*rows, measured("capacity", "pte_paper", 0.2, facts=4, rank=8), base])
+    assert section.findings == ("base, full cache: knee at 4 facts.", "PTE, rule read, rank 8: knee at 8 facts.")
     (table,) = section.tables
     assert table.columns == ("rule", "rank", "task", "knee", "4 facts", "8 facts", "16 facts")
-    assert [row[3] for row in table.rows] == ["-", "8"] and table.rows[0][5:] == ("-", "-")
+    assert [row[3] for row in table.rows] == ["4", "-", "8"] and table.rows[1][5:] == ("-", "-")
 
 
 def test_memory_tells_a_flat_line_from_a_rising_one() -> None:

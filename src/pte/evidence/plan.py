@@ -149,8 +149,14 @@ def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: Stag
     )
 
 
-def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
-    """Recall of 4 to 128 facts with rule `delta` at rank 32; at the first seed other ranks and rules too."""
+def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart | ScoredPart]:
+    """Recall of 4 to 128 facts with rule `delta` at rank 32; at the first seed other ranks, rules and the base too."""
+    if seed == 0:
+        readings = tuple(
+            Reading(Label("capacity", level.task, "base_full", setting={"facts": facts}), level.with_facts(facts))
+            for facts in CAPACITY_FACTS
+        )
+        yield ScoredPart("capacity-base", readings, after=level.base)
     more = [("pte_delta", 8), ("pte_delta", 16), ("pte_delta", 64), ("pte_read", 32), ("pte_paper", 32)]
     for facts in CAPACITY_FACTS:
         for arm, rank in [("pte_delta", 32)] if seed else [("pte_delta", 32), *more]:

@@ -42,7 +42,7 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
             part for part in (style.label(one.arm), words(one.without("facts", "rank"))) if part
         ),
         line=lambda one: one.at("rank") or 0,
-        line_label=lambda rank: f"rank {rank}",
+        line_label=lambda rank: f"rank {rank}" if rank else "no state",
         caption=f"Accuracy of recalling a fact that was evicted, over the number of facts, a line for each rank of the "
         f"state, a panel for each rule; dashed: {KNEE:.0%}.",
     )
@@ -64,7 +64,11 @@ def capacity_section(measurements: Sequence[Measurement]) -> Section:
         more=[("knee", knee_of)],
         note=interval_note(found, lambda one: (one.arm, one.setting)),
     )
-    findings = [f"{row[0]}, rank {row[1]}: knee at {row[3]} facts." for row in table.rows if row[3] != NOTHING]
+    findings = [
+        f"{row[0]}{'' if row[1] == NOTHING else f', rank {row[1]}'}: knee at {row[3]} facts."
+        for row in table.rows
+        if row[3] != NOTHING
+    ]
     return Section(
         "capacity",
         "Capacity",
