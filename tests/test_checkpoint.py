@@ -34,6 +34,8 @@ from pte.checkpoint import (
 )
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
 
+pytestmark = pytest.mark.system
+
 METADATA = AdapterMetadata(options={"rank": 4, "targets": ["q_proj"]}, base_name="tiny", base_fingerprint="f" * 64)
 
 

@@ -12,6 +12,8 @@ from pte.rollout.record import RolloutRequest, collate
 from pte.rollout.replay import Replay
 from tiny import VOCAB, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.system
+
 # Wide keys, so that a token kept by mistake shows: 2 x 2 layers x 32 numbers x 4 bytes = 512 bytes.
 WIDE = {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 32, "max_position_embeddings": 4096}
 KV_BYTES = 512
