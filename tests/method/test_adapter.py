@@ -198,6 +198,11 @@ def test_an_adapter_without_an_encoder_has_no_addresses_to_start_from() -> None:
         ThoughtAdapter(SIZES, kind="lora", rank=3).start_from_queries([torch.zeros(4, 6)] * 2)
 
 
+def test_queries_of_a_base_with_other_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="query_maps must be one for each of 2 layers, got 1; use those of"):
+        ThoughtAdapter(SIZES, rank=3).start_from_queries([torch.zeros(4, 6)])
+
+
 def test_only_the_thought_kind_folds_and_only_lora_has_no_encoder() -> None:
     kinds = {kind: ThoughtAdapter(SIZES, kind=kind, rank=3) for kind in ("thought", "global_only", "lora")}
     assert {kind: adapter.folds for kind, adapter in kinds.items()} == {

@@ -256,16 +256,22 @@ class ThoughtAdapter(nn.Module):
         B <- (W_Q q_g) W_K M, scaled to the size that B had: a token with keys k is stored under (W_Q q_g) W_K k, and
         M x is what x's queries look for among keys. A stays zero, so that the adapter stays the identity. Maps that do
         not read the residual stream keep their B. From random B a memory has first to find what the base's attention
-        knows: on chained assignments over 8 windows 34 % after 50 steps, so 80 % (docs/log.md).
+        knows: on chained assignments over 8 windows 34 % after 50 steps, this way 80 % (W_K a tenth in both, global
+        tokens of size 1, one seed; docs/log.md).
 
         Args:
             query_maps: M of each layer.
 
         Raises:
-            ValueError: The adapter has no encoder (kind `lora`).
+            ValueError: The adapter has no encoder (kind `lora`), or there is not one map for each layer.
         """
         if self.encoder is None:
             raise ValueError("start_from_queries needs an encoder, got an adapter of kind 'lora'; leave out the call")
+        if len(query_maps) != self.sizes.layers:
+            raise ValueError(
+                f"query_maps must be one for each of {self.sizes.layers} layers, got {len(query_maps)}; use those of "
+                f"the adapter's own base"
+            )
         addresses = self.encoder.query @ self.encoder.query_map.transpose(1, 2) @ self.encoder.key_map
         for layer, query_map in enumerate(query_maps):
             start = addresses[layer] @ query_map.to(addresses)
