@@ -89,7 +89,7 @@ def test_the_cache_holds_what_a_dictionary_would(blocks: int, block: int, batch:
             model.newest = max(model.newest, len(model.prompt) - 1)
             positions.append(model.newest + 1)
         before = cache.positions.clone(), cache.keys.clone(), cache.values.clone()
-        slots = cache.take_slots(torch.tensor(positions)[:, None], live=torch.tensor(live))
+        slots = cache.take_slots(torch.tensor(positions)[:, None], live=torch.tensor(live, dtype=torch.bool))
         for row, model in enumerate(models):
             slot = int(slots[row, 0])
             assert slot >= prompt_slots
@@ -135,7 +135,7 @@ def test_a_refilled_row_forgets_the_sequence_before_it() -> None:
     cache.place_prompt(torch.tensor([1]), ones[:, :1, :, :1], ones[:, :1, :, :1], lengths=torch.tensor([1]))
     assert cache.positions.tolist() == [[0, 1, 2, 3, 4], [0, -1, -1, -1, -1]]
     assert cache.prompt_lengths.tolist() == [3, 1]
-    assert cache.take_slots(torch.tensor([[9], [1]]), live=torch.tensor([0, 1]))[1].tolist() == [3]
+    assert cache.take_slots(torch.tensor([[9], [1]]), live=torch.tensor([False, True]))[1].tolist() == [3]
 
 
 def test_bytes_are_batch_times_slots_times_bytes_of_a_token() -> None:

@@ -12,7 +12,7 @@ from pte.rollout.generate import RolloutEngine
 from pte.rollout.history import History
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.replay import Replay
-from sampled import replay_of, requests_for, sample
+from sampled import SETTINGS, replay_of, requests_for, sample
 from tiny import tiny_base, tiny_policy
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15)]
@@ -26,11 +26,11 @@ class WatchedEngine(RolloutEngine):
         self.seen: dict[int, list[list[int]]] = {}
 
     def step(self) -> None:
-        before = list(self.running)
+        before, caches = list(self.running), self.buffers.cache
         super().step()
         for row, sequence in enumerate(before):
             if sequence is not None:
-                positions = self.cache.positions[row]
+                positions = caches.positions[row]
                 self.seen.setdefault(sequence.order, []).append(sorted(positions[positions >= 0].tolist()))
 
 
@@ -192,6 +192,48 @@ def test_a_second_run_of_an_engine_is_the_first() -> None:
 def test_nothing_of_a_rollout_is_held_after_it() -> None:
     engine = RolloutEngine(tiny_policy(), slots=3, max_new_tokens=12, temperature=1.0, stop_token_ids=())
     engine.run(requests_for(PROMPTS[:3]))
-    held = [name for name, value in vars(engine).items() if isinstance(value, torch.Tensor) or name == "cache"]
-    assert held == ["current", "entered", "stream_seeds"]
-    assert engine.peak_cache_bytes > 0 and not engine.prefilled
+    held = [
+        name
+        for name, value in vars(engine).items()
+        if isinstance(value, torch.Tensor) or name in ("buffers", "reader", "token_step")
+    ]
+    assert not held
+    assert engine.peak_cache_bytes > 0
+
+
+@pytest.mark.parametrize("setting", ["thought", "no adapter", "random eviction", "full cache", "h2o", "rkv"])
+@pytest.mark.parametrize("look_every_tokens", [2, 3, 64])
+def test_a_host_that_looks_rarely_changes_no_rollout(setting: str, look_every_tokens: int) -> None:
+    policy = tiny_policy(**SETTINGS[setting])
+    requests = requests_for(PROMPTS + PROMPTS, first_seed=20)
+
+    def rollouts(look: int) -> list[Rollout]:
+        engine = RolloutEngine(policy, slots=3, max_new_tokens=30, temperature=1.0, stop_token_ids=(3, 4, 5))
+        engine.look_every_tokens = look
+        return engine.run(requests)
+
+    rare, often = rollouts(look_every_tokens), rollouts(1)
+    assert len({len(rollout.completion_ids) for rollout in often}) > 3
+    for mine, theirs in zip(rare, often, strict=True):
+        # Rows that stopped between two looks went on computing: it shows nowhere.
+        assert mine.completion_ids == theirs.completion_ids and mine.finish_reason == theirs.finish_reason
+        torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)
+        assert mine.state_norm == pytest.approx(theirs.state_norm, rel=1e-6)
+        if theirs.evicted_tokens is not None:
+            assert torch.equal(mine.evicted_tokens, theirs.evicted_tokens)
+
+
+def test_the_host_looks_before_every_eviction_and_no_later_than_it_has_to() -> None:
+    # W = 8, E = 4: with a look at most every 6 tokens, tokens enter as 6, 2 | 4 | 4 | 3: of 20 sampled tokens 19 enter.
+    class Counting(RolloutEngine):
+        def decode_tokens(self) -> None:
+            before = self.decode_steps
+            super().decode_tokens()
+            bursts.append(self.decode_steps - before)
+
+    bursts: list[int] = []
+    engine = Counting(tiny_policy(), slots=1, max_new_tokens=20, temperature=1.0, stop_token_ids=())
+    engine.look_every_tokens = 6
+    engine.run(requests_for(PROMPTS[:1]))
+    assert bursts == [6, 2, 4, 4, 3]
+    assert engine.decode_steps == 19

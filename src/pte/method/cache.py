@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from pte.method.observe import ObservedQueries
@@ -164,14 +164,13 @@ class BoundedCache:
             self.attention_received[rows] = 0
 
     def take_slots(
-        self, positions: Int[Tensor, "batch tokens"], *, live: Int[Tensor, " batch"] | None = None
+        self, positions: Int[Tensor, "batch tokens"], *, live: Bool[Tensor, " batch"] | None = None
     ) -> Int[Tensor, "batch tokens"]:
         """Gives the next tokens their slots and stores their positions.
 
         Args:
             positions: Absolute positions.
-            live: 1 for running sequences, 0 for finished ones whose row still computes and must not move on;
-                None when all run.
+            live: False for finished sequences, whose row still computes and must not move on; None when all run.
 
         Returns:
             Slot of each token, counted over prompt and window.
