@@ -77,7 +77,7 @@ class EvictionSchedule:
         return (token_index - self.window_tokens) % self.evict_tokens == 0
 
     def tokens_until_eviction(self, token_index: int) -> int | None:
-        """Tokens that can enter, `token_index` the first of them, before a block leaves again; None when none ever does.
+        """Tokens that can enter, `token_index` the first, before a block leaves again; None when none ever does.
 
         Args:
             token_index: Index of the reasoning token that enters next; an eviction before it has happened already.

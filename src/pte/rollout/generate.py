@@ -23,10 +23,10 @@ from pte.method.eviction.policy import kept_tokens
 from pte.model.decode import DecodeStep
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold
+from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_uniforms
-from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.token_step import StateControl, TokenStep
 from pte.timing import timed
 
