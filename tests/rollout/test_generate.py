@@ -237,3 +237,25 @@ def test_the_host_looks_before_every_eviction_and_no_later_than_it_has_to() -> N
     engine.run(requests_for(PROMPTS[:1]))
     assert bursts == [6, 2, 4, 4, 3]
     assert engine.decode_steps == 19
+
+
+@pytest.mark.parametrize("setting", ["thought", "random eviction", "h2o"])
+def test_evicting_a_few_rows_at_a_time_changes_no_rollout(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(**SETTINGS[setting])
+    together = sample(policy, requests_for(PROMPTS), slots=4)
+    folded: list[int] = []
+    evict = RolloutEngine.evict
+
+    def watched(self: RolloutEngine, due: list[object], *, evict_tokens: int) -> None:
+        folded.append(len(due))
+        evict(self, due, evict_tokens=evict_tokens)
+
+    monkeypatch.setattr(RolloutEngine, "evict", watched)
+    shape = policy.cache_shape
+    numbers = 3 * shape.layers * policy.schedule.evict_tokens * shape.kv_dim
+    monkeypatch.setattr("pte.rollout.generate.EVICTED_NUMBERS", numbers)
+    parts = sample(policy, requests_for(PROMPTS), slots=4)
+    assert set(folded) == {3, 1}
+    for mine, theirs in zip(parts, together, strict=True):
+        assert mine.completion_ids == theirs.completion_ids
+        torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)

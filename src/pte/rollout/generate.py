@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pte.model.policy import BoundedPolicy
 
 LOOK_EVERY_TOKENS = 8
+EVICTED_NUMBERS = 2**26
+"""Keys that one fold takes at most, over layers, rows and tokens: they and what is made of them need about 1 GB."""
 COMPACT_BELOW_FRACTION = {"cpu": 0.75, "cuda": 0.5}
 """On CUDA a new size costs a new graph, and a step of half the rows more than half the time."""
 
@@ -250,20 +252,24 @@ class RolloutEngine:
         self.decode_steps += tokens
 
     def evict_where_due(self) -> None:
-        """Folds and evicts a block in every sequence whose next token needs the room."""
-        schedule = self.policy.schedule
+        """Folds and evicts a block in every sequence whose next token needs the room, some rows at a time."""
+        schedule, shape = self.policy.schedule, self.policy.cache_shape
         due = [
             (row, sequence)
             for row, sequence in enumerate(self.running)
             if sequence is not None and schedule.evicts_at(sequence.entering)
         ]
-        if not due:
-            return
-        assert schedule.evict_tokens is not None
-        buffers, device = self.buffers, self.policy.device
+        if due and schedule.evict_tokens is not None:
+            size = max(1, EVICTED_NUMBERS // (shape.layers * schedule.evict_tokens * shape.kv_dim))
+            for start in range(0, len(due), size):
+                self.evict(due[start : start + size], evict_tokens=schedule.evict_tokens)
+
+    def evict(self, due: Sequence[tuple[int, RunningSequence]], *, evict_tokens: int) -> None:
+        """Folds and evicts a block in each of the given rows."""
+        schedule, eviction, buffers = self.policy.schedule, self.policy.eviction, self.buffers
+        device = self.policy.device
         rows = torch.tensor([row for row, _ in due], device=device)
         indices = [schedule.evictions_before(sequence.entering) - 1 for _, sequence in due]
-        eviction = self.policy.eviction
         kept = kept_tokens(
             buffers.cache,
             eviction.needs,
@@ -271,7 +277,7 @@ class RolloutEngine:
             eviction_index=torch.tensor(indices, device=device),
             stream_seeds=buffers.stream_seeds[rows],
         )
-        evicted = buffers.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=schedule.evict_tokens))
+        evicted = buffers.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=evict_tokens))
         if self.policy.records_evictions:
             left = (evicted.positions - buffers.cache.prompt_lengths[rows, None]).cpu()
             for (_, sequence), tokens in zip(due, left, strict=True):
