@@ -215,7 +215,7 @@ def test_a_host_that_looks_rarely_changes_no_rollout(setting: str, look_every_to
     rare, often = rollouts(look_every_tokens), rollouts(1)
     assert len({len(rollout.completion_ids) for rollout in often}) > 3
     for mine, theirs in zip(rare, often, strict=True):
-        # Rows that stopped between two looks went on computing: it shows nowhere.
+        # Rows that stopped between two looks go on computing: it shows nowhere.
         assert mine.completion_ids == theirs.completion_ids and mine.finish_reason == theirs.finish_reason
         torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)
         assert mine.state_norm == pytest.approx(theirs.state_norm, rel=1e-6)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from pte.method.observe import ObservedQueries
@@ -163,24 +163,21 @@ class BoundedCache:
         if self.attention_received is not None:
             self.attention_received[rows] = 0
 
-    def take_slots(
-        self, positions: Int[Tensor, "batch tokens"], *, live: Bool[Tensor, " batch"] | None = None
-    ) -> Int[Tensor, "batch tokens"]:
+    def take_slots(self, positions: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
         """Gives the next tokens their slots and stores their positions.
 
         Args:
             positions: Absolute positions.
-            live: False for finished sequences, whose row still computes and must not move on; None when all run.
 
         Returns:
-            Slot of each token, counted over prompt and window.
+            Slot of each token, counted over prompt and window; in rows that take more than are free, the last one.
         """
         tokens, window = positions.shape[1], self.free_slots.shape[1]
         steps = torch.arange(tokens, device=positions.device)
         taken = (self.cursor[:, None] + steps).clamp_(max=window - 1)
         slots = self.prompt_slots + self.free_slots.gather(1, taken)
         self.positions.scatter_(1, slots, positions)
-        self.cursor += tokens if live is None else live * tokens
+        self.cursor += tokens
         return slots
 
     def evict(self, rows: Int[Tensor, " rows"], slots: Int[Tensor, "rows evicted"]) -> EvictedTokens:

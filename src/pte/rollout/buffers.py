@@ -1,14 +1,16 @@
 """The device side of the sequences that run: one row each, every tensor of fixed size, nothing read by the host.
 
-Decides: what a row holds between two tokens, how a drawn token is recorded, and when a row stops by itself, so that a
-step needs no answer of the host and can be captured once and replayed. A row that has stopped still computes; it
-records nothing and its cache does not move on. Does not know: prompts in text, requests, when to evict.
+Decides: what a row holds between two tokens, how a drawn token is recorded, and where a completion stopped, so that a
+step needs no answer of the host and can be captured once and replayed. A row that has stopped still computes, until it
+is refilled or dropped: what it records lies behind its stop, or in a spare last column, and is never read.
+Does not know: prompts in text, requests, when to evict.
 
 Paper: Section 3, rollouts from pi^D.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -33,10 +35,11 @@ class DecodeBuffers:
         cache: Keys, values and positions.
         current: The token of each row that enters next.
         entered: Reasoning tokens of each row that have entered; the newest drawn token has this index.
-        live: True while a row runs.
-        tokens: Completion so far.
+        stopped_at: Index of the stop token that ended each row's completion, or -1.
+        tokens: Completion so far; the last column is spare.
         logprobs: Their log-probs when they were drawn, float32 or wider.
         uniforms: The random stream of each row.
+        stops: Tokens that end a completion.
         stream_seeds: Where the stream comes from; policies that evict at random take it too.
         states: Running states, or None without a state.
         reads: What the adapters read of them, or None.
@@ -45,10 +48,11 @@ class DecodeBuffers:
     cache: BoundedCache
     current: Int[Tensor, " rows"]
     entered: Int[Tensor, " rows"]
-    live: Bool[Tensor, " rows"]
-    tokens: Int[Tensor, "rows completion"]
-    logprobs: Float[Tensor, "rows completion"]
-    uniforms: Float[Tensor, "rows completion"]
+    stopped_at: Int[Tensor, " rows"]
+    tokens: Int[Tensor, "rows columns"]
+    logprobs: Float[Tensor, "rows columns"]
+    uniforms: Float[Tensor, "rows columns"]
+    stops: Int[Tensor, " stops"]
     stream_seeds: Int[Tensor, " rows"]
     states: Float[Tensor, "layers rows rank rank"] | None
     reads: Float[Tensor, "layers rows rank rank"] | None
@@ -61,6 +65,7 @@ class DecodeBuffers:
         rows: int,
         prompt_slots: int,
         max_new_tokens: int,
+        stop_token_ids: Iterable[int],
         first: Float[Tensor, "layers rank rank"] | None,
     ) -> DecodeBuffers:
         """Empty rows.
@@ -70,6 +75,7 @@ class DecodeBuffers:
             rows: Sequences at once.
             prompt_slots: Longest prompt.
             max_new_tokens: Longest completion.
+            stop_token_ids: Tokens that end a completion.
             first: The state before any eviction, or None.
         """
         device = policy.device
@@ -87,12 +93,13 @@ class DecodeBuffers:
             cache=cache,
             current=torch.zeros(rows, dtype=torch.int64, device=device),
             entered=torch.zeros(rows, dtype=torch.int64, device=device),
-            live=torch.zeros(rows, dtype=torch.bool, device=device),
-            tokens=torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device),
+            stopped_at=torch.full((rows,), -1, dtype=torch.int64, device=device),
+            tokens=torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device),
             logprobs=torch.zeros(
-                rows, max_new_tokens, dtype=torch.promote_types(policy.dtype, torch.float32), device=device
+                rows, max_new_tokens + 1, dtype=torch.promote_types(policy.dtype, torch.float32), device=device
             ),
-            uniforms=torch.zeros(rows, max_new_tokens, device=device),
+            uniforms=torch.zeros(rows, max_new_tokens + 1, device=device),
+            stops=torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=device),
             stream_seeds=torch.zeros(rows, dtype=torch.int64, device=device),
             states=states,
             reads=reads,
@@ -103,51 +110,53 @@ class DecodeBuffers:
         """Sequences at once."""
         return self.current.shape[0]
 
-    def first_token(
+    def admit(
         self,
         rows: Int[Tensor, " admitted"],
         logprobs: Float[Tensor, "admitted vocab"],
         *,
+        uniforms: Float[Tensor, "admitted completion"],
+        stream_seeds: Int[Tensor, " admitted"],
         greedy: bool,
-        stops: Int[Tensor, " stops"],
     ) -> None:
-        """Draws the first token of sequences that have just been put into rows.
+        """Draws the first token of sequences whose prompts have just been put into rows.
 
         Args:
-            rows: Where they are; their uniforms are set.
+            rows: Where they are.
             logprobs: Of the token after their prompts.
+            uniforms: Their random streams.
+            stream_seeds: Where these come from.
             greedy: Take the likeliest.
-            stops: Tokens that end a completion.
         """
-        drawn = draw_tokens(logprobs, self.uniforms[rows, 0], greedy=greedy)
+        self.uniforms[rows, :-1] = uniforms
+        self.stream_seeds[rows] = stream_seeds
+        drawn = draw_tokens(logprobs, uniforms[:, 0], greedy=greedy)
         self.current[rows] = drawn
         self.entered[rows] = 0
         self.tokens[rows, 0] = drawn
         self.logprobs[rows, 0] = logprobs.gather(1, drawn[:, None])[:, 0]
-        self.live[rows] = self.goes_on(drawn, stops) & (self.tokens.shape[1] > 1)
+        self.stopped_at[rows] = self.is_stop(drawn).long() - 1
 
-    def next_token(self, logprobs: Float[Tensor, "rows vocab"], *, greedy: bool, stops: Int[Tensor, " stops"]) -> None:
-        """Draws and records the token after the one that has just entered, in every row that runs; in place.
+    def record(self, logprobs: Float[Tensor, "rows vocab"], *, greedy: bool) -> None:
+        """Draws and records the token after the one that has just entered, in place.
 
         Args:
             logprobs: Of the next token.
             greedy: Take the likeliest.
-            stops: Tokens that end a completion.
         """
-        self.entered += self.live
+        self.entered.add_(1).clamp_(max=self.tokens.shape[1] - 1)
         column = self.entered[:, None]
-        drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)[:, None]
-        live = self.live[:, None]
-        self.tokens.scatter_(1, column, torch.where(live, drawn, self.tokens.gather(1, column)))
-        found = logprobs.gather(1, drawn)
-        self.logprobs.scatter_(1, column, torch.where(live, found, self.logprobs.gather(1, column)))
-        self.current.copy_(drawn[:, 0])
-        self.live &= self.goes_on(drawn[:, 0], stops) & (self.entered + 1 < self.tokens.shape[1])
+        drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)
+        self.current.copy_(drawn)
+        self.tokens.scatter_(1, column, drawn[:, None])
+        self.logprobs.scatter_(1, column, logprobs.gather(1, drawn[:, None]))
+        if self.stops.shape[0]:
+            stops_here = self.is_stop(drawn) & (self.stopped_at < 0)
+            self.stopped_at.copy_(torch.where(stops_here, self.entered, self.stopped_at))
 
-    @staticmethod
-    def goes_on(drawn: Int[Tensor, " rows"], stops: Int[Tensor, " stops"]) -> Bool[Tensor, " rows"]:
-        """True where a drawn token does not end its completion."""
-        return (drawn[:, None] != stops).all(1)
+    def is_stop(self, drawn: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+        """True where a drawn token ends its completion."""
+        return (drawn[:, None] == self.stops).any(1)
 
     def set_states(
         self, policy: BoundedPolicy, rows: Int[Tensor, " some"], states: Float[Tensor, "layers _ rank rank"]
@@ -164,6 +173,6 @@ class DecodeBuffers:
         kept = {
             one.name: value[:, rows] if one.name in ("states", "reads") else value[rows]
             for one in fields(self)
-            if isinstance(value := getattr(self, one.name), torch.Tensor)
+            if one.name != "stops" and isinstance(value := getattr(self, one.name), torch.Tensor)
         }
         return replace(self, cache=self.cache.compact(rows), **kept)

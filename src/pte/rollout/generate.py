@@ -148,22 +148,26 @@ class RolloutEngine:
 
     def release(self) -> None:
         """Frees what `start` allocated, so that nothing of a rollout is held while an update runs."""
-        for name in ("buffers", "first", "stops", "reader", "decode", "token_step"):
+        for name in ("buffers", "first", "reader", "decode", "token_step"):
             delattr(self, name)
 
     def start(self, rows: int, requests: Sequence[RolloutRequest]) -> None:
         """Allocates the slots and what every step needs."""
-        policy, device = self.policy, self.policy.device
+        policy = self.policy
         prompts = [request.prompt_ids for request in requests]
         prompt_slots = max(map(len, prompts))
         weights = adapter_weights(policy)
         self.queue = deque(enumerate(requests))
         self.results: dict[int, Rollout] = {}
         self.running: list[RunningSequence | None] = [None] * rows
-        self.stops = torch.tensor(sorted(self.stop_token_ids), dtype=torch.int64, device=device)
         self.first = first_state(policy)
         self.buffers = DecodeBuffers.allocate(
-            policy, rows=rows, prompt_slots=prompt_slots, max_new_tokens=self.max_new_tokens, first=self.first
+            policy,
+            rows=rows,
+            prompt_slots=prompt_slots,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            first=self.first,
         )
         needs = policy.eviction.needs
         self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
@@ -177,7 +181,7 @@ class RolloutEngine:
             state_control=self.state_control,
             temperature=self.temperature,
         )
-        self.decode = DecodeStep(policy, weights, num_positions=prompt_slots + self.max_new_tokens)
+        self.decode = DecodeStep(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
         self.make_token_step()
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
         states = self.buffers.states
@@ -190,7 +194,6 @@ class RolloutEngine:
             self.buffers,
             forward=self.decode,
             temperature=self.temperature,
-            stops=self.stops,
             state_control=self.state_control,
             observes=self.observes,
         )
@@ -212,6 +215,7 @@ class RolloutEngine:
         """
         buffers, device = self.buffers, self.policy.device
         rows = torch.tensor([row for row, _, _ in admitted], device=device)
+        requests = [request for _, _, request in admitted]
         logprobs = []
         for row, order, request in admitted:
             prompt = self.reader.take(request.prompt_ids)
@@ -221,13 +225,18 @@ class RolloutEngine:
                 prompt.values[:, None],
                 lengths=torch.tensor([len(request.prompt_ids)], device=device),
             )
-            buffers.uniforms[row] = stream_uniforms(request.stream_seed, self.max_new_tokens).to(device)
-            buffers.stream_seeds[row] = request.stream_seed
             logprobs.append(prompt.logprobs)
             self.running[row] = RunningSequence(order=order, request=request)
         if self.first is not None:
             buffers.set_states(self.policy, rows, self.first[:, None].expand(-1, len(admitted), -1, -1))
-        buffers.first_token(rows, torch.stack(logprobs), greedy=self.temperature == 0, stops=self.stops)
+        uniforms = [stream_uniforms(request.stream_seed, self.max_new_tokens) for request in requests]
+        buffers.admit(
+            rows,
+            torch.stack(logprobs),
+            uniforms=torch.stack(uniforms).to(device),
+            stream_seeds=torch.tensor([request.stream_seed for request in requests], device=device),
+            greedy=self.temperature == 0,
+        )
 
     def step(self) -> None:
         """Evictions that are due, then tokens for every running sequence until the host has to look again."""
@@ -293,11 +302,11 @@ class RolloutEngine:
     def finish_stopped(self) -> None:
         """Looks which rows have stopped, hands their rollouts over, and frees them."""
         buffers = self.buffers
-        looked = torch.stack((buffers.live.long(), buffers.entered), dim=1).tolist()
+        stops = buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
         stopped = [
-            (row, sequence, entered + 1)
-            for row, (sequence, (live, entered)) in enumerate(zip(self.running, looked, strict=True))
-            if sequence is not None and not live
+            (row, sequence, (sequence.entering if stop < 0 else stop) + 1)
+            for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True))
+            if sequence is not None and (stop >= 0 or sequence.entering + 1 == self.max_new_tokens)
         ]
         if not stopped:
             return

@@ -22,7 +22,7 @@ from pte.rollout.sampling import token_logprobs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
     from pte.model.policy import BoundedPolicy
@@ -39,7 +39,6 @@ class TokenStep:
         buffers: Read and written in place.
         forward: The new tokens' hidden states.
         temperature: As the engine's.
-        stops: Tokens that end a completion.
         state_control: As the engine's.
         observes: Sum the attention that the eviction policy asks for.
     """
@@ -51,7 +50,6 @@ class TokenStep:
         *,
         forward: DecodeStep,
         temperature: float,
-        stops: Int[Tensor, " stops"],
         state_control: StateControl,
         observes: bool,
     ) -> None:
@@ -59,7 +57,6 @@ class TokenStep:
         self.buffers = buffers
         self.forward = forward
         self.temperature = temperature
-        self.stops = stops
         self.state_control: StateControl = state_control
         self.observes = observes
         # Sums of observed attention are tensors of their own at every step: nothing to replay.
@@ -108,7 +105,7 @@ class TokenStep:
         """
         policy, buffers, cache = self.policy, self.buffers, self.buffers.cache
         positions = cache.prompt_lengths + buffers.entered
-        places = cache.take_slots(positions[:, None], live=buffers.live)[:, 0]
+        places = cache.take_slots(positions[:, None])[:, 0]
         observer = AttentionObserver() if self.observes else None
         attention = DecodeAttention(cache, places, attended_slots=attended_slots, dtype=policy.dtype, observer=observer)
         hidden = self.forward(
@@ -122,7 +119,7 @@ class TokenStep:
             missing = cache.free_slots.shape[1] - received.shape[1]
             cache.add_attention(functional.pad(received, (0, missing)))
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
-        buffers.next_token(logprobs, greedy=self.temperature == 0, stops=self.stops)
+        buffers.record(logprobs, greedy=self.temperature == 0)
 
 
 def controlled(
