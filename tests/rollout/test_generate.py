@@ -259,3 +259,26 @@ def test_evicting_a_few_rows_at_a_time_changes_no_rollout(setting: str, monkeypa
     for mine, theirs in zip(parts, together, strict=True):
         assert mine.completion_ids == theirs.completion_ids
         torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("look_every_tokens", [1, 4, 5])
+def test_a_row_at_its_last_token_waits_unharmed_for_a_refilled_one(look_every_tokens: int) -> None:
+    policy = tiny_policy(window=None)
+    requests = requests_for(PROMPTS[:3], first_seed=7)
+    alone = [sample(policy, [request], max_new_tokens=12, temperature=1.0)[0] for request in requests]
+    # The second request ends with a token that the others never draw; the third takes its row and ends last.
+    stop = next(
+        token
+        for token in alone[1].completion_ids[2:6]
+        if all(token not in other.completion_ids for other in (alone[0], alone[2]))
+    )
+    engine = RolloutEngine(
+        policy, slots=2, max_new_tokens=12, temperature=1.0, stop_token_ids=(stop,), state_control="shuffled"
+    )
+    engine.look_every_tokens = look_every_tokens
+    first, second, third = engine.run(requests)
+    assert second.finish_reason == "stop" and len(second.completion_ids) < 8
+    for mine, expected in ((first, alone[0]), (third, alone[2])):
+        assert mine.finish_reason == "length"
+        assert mine.completion_ids == expected.completion_ids
+        torch.testing.assert_close(mine.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-9)
