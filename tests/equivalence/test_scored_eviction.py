@@ -19,7 +19,7 @@ from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import ReplayBatch, Rollout, RolloutRequest, collate, collate_rollouts
 from pte.rollout.replay import Replay
 from reference import Reference
-from sampled import SCORED, SETTINGS, gap, recorded, replay_of, requests_for, sample
+from sampled import SCORED, SETTINGS, gap, recorded, replay_of, replayed_windows, requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]

@@ -13,7 +13,7 @@ import torch
 from pte.learn.grpo import GrpoStage, score_rollouts
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import build_stages
-from pte.rollout.replay import Replay, ReplayOutput
+from pte.rollout.replay import Replay
 from pte.session import Session
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
@@ -305,9 +305,9 @@ class AnotherPolicy(Replay):
 
     off = 0.1
 
-    def forward(self, batch: object) -> ReplayOutput:
-        output = super().forward(batch)
-        return ReplayOutput(policy_logprobs=output.policy_logprobs + self.off, entropies=output.entropies)
+    def scores(self, *arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = super().scores(*arguments, **options)
+        return logprobs + self.off, entropies
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ class ChainGradients:
         self.seen += 1
         last = self.seen == self.stretches
         if last or self.seen % self.stride == 0:
-            leaf, states = self.folded(group, sequences=group.state.shape[1])
+            leaf, states, _ = self.folded(group, sequences=group.state.shape[1])
             group.gradient = self.handed_back(leaf, states, self.gradients)
             self.gradients = []
             group.evicted = [] if last else [on_host(evicted) for evicted in group.evicted]
@@ -209,16 +209,16 @@ class ChainGradients:
             assert group.gradient is not None
             if behind is not None:
                 sequences = behind.shape[1]
-                leaf, states = self.folded(group, sequences=sequences)
-                group.gradient[:, :sequences] += self.handed_back(leaf, [states[-1][:, :, -1]], [behind])
+                leaf, _, after = self.folded(group, sequences=sequences)
+                group.gradient[:, :sequences] += self.handed_back(leaf, [after], [behind])
             behind = group.gradient
         if behind is not None:
             self.first.add_first(behind)
         self.first.finish()
 
     @torch.enable_grad()
-    def folded(self, group: FoldGroup, *, sequences: int) -> tuple[Tensor, list[Tensor]]:
-        """The state at a group's start as a leaf, and the states of each stretch with a graph from it.
+    def folded(self, group: FoldGroup, *, sequences: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The state at a group's start as a leaf; with a graph from it, each stretch's states, and the last state.
 
         Args:
             group: Is folded again.
@@ -231,7 +231,7 @@ class ChainGradients:
             rows = min(sequences, here.positions.shape[0])
             states.append(fold_blocks(self.first.policy, state[:, :rows], here.first(rows), block=self.block))
             state = states[-1][:, :, -1]
-        return leaf, states
+        return leaf, states, state
 
     def handed_back(self, leaf: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
         """Gradient of a group's first state, a tensor of its own; adds the encoder's."""
