@@ -131,9 +131,7 @@ def test_only_blocks_that_left_before_the_last_group_wait_and_in_few_states(monk
     monkeypatch.setattr(gradients, "group_stretches", lambda policy: 2)
     policy, batch = tiny_policy(), ragged_batch((61,))
     walk = Walk(policy, batch)
-    waiting = state_gradients(
-        policy, walk, horizon=None, collected=GradientSum(list(policy.adapter.parameters()))
-    )
+    waiting = state_gradients(policy, walk, horizon=None, collected=GradientSum(list(policy.adapter.parameters())))
     with torch.no_grad():
         for stretch in walk.stretches:
             start = walk.enter(stretch)
@@ -244,9 +242,9 @@ def test_without_gradients_the_walk_is_done_at_once() -> None:
     assert torch.equal(output.replayed_logprobs, expected.policy_logprobs.detach())
     assert torch.equal(output.entropies, expected.entropies)
     bare = Replay(policy.without_adapter())
-    assert torch.equal(
-        bare(batch, recorded=recorded).replayed_logprobs, bare(batch).policy_logprobs
-    ), "nor where nothing is trained"
+    assert torch.equal(bare(batch, recorded=recorded).replayed_logprobs, bare(batch).policy_logprobs), (
+        "nor where nothing is trained"
+    )
 
 
 def test_one_pass_walks_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +278,9 @@ def test_one_pass_of_a_policy_that_looks_at_attention_follows_the_record_or_choo
 @pytest.mark.parametrize("mode", MODES[:2], ids=lambda mode: mode[0])
 def test_an_adapter_that_changed_since_the_forward_is_refused_in_one_pass_too(mode: tuple[str, int | None]) -> None:
     policy, batch = tiny_policy(), ragged_batch()
-    logprobs = Replay(policy, gradient_mode=mode[0], horizon=mode[1])(batch, recorded=torch.zeros(8, 62)).policy_logprobs
+    logprobs = Replay(policy, gradient_mode=mode[0], horizon=mode[1])(
+        batch, recorded=torch.zeros(8, 62)
+    ).policy_logprobs
     with torch.no_grad():
         next(policy.adapter.parameters()).mul_(1.5)
     with pytest.raises(RuntimeError, match="must not change between a replay's forward and its backward"):

@@ -65,9 +65,7 @@ class Replay(nn.Module):
         self.horizon = horizon
 
     @timed("forward")
-    def forward(
-        self, batch: ReplayBatch, *, recorded: Float[Tensor, "batch completion"] | None = None
-    ) -> ReplayOutput:
+    def forward(self, batch: ReplayBatch, *, recorded: Float[Tensor, "batch completion"] | None = None) -> ReplayOutput:
         """Log-probs of a batch, and what its walk finds.
 
         With `recorded` the values are taken for granted and the gradient is that of this policy all the same: one walk

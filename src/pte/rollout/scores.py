@@ -37,9 +37,7 @@ class WalkedScores:
         self.rows = rows
         self.found: tuple[Tensor, Tensor] | None = None
 
-    def fill(
-        self, logprobs: Float[Tensor, "batch completion"], entropies: Float[Tensor, "batch completion"]
-    ) -> None:
+    def fill(self, logprobs: Float[Tensor, "batch completion"], entropies: Float[Tensor, "batch completion"]) -> None:
         """Takes what a walk found, in the order in which it was walked."""
         self.found = logprobs.detach()[self.rows], entropies[self.rows]
 
