@@ -70,8 +70,8 @@ class Replay(nn.Module):
 
         With `recorded` the values are taken for granted and the gradient is that of this policy all the same: one walk
         instead of two. What the walk really finds is in the output after backward; compare it before an update. Where
-        nothing can be differentiated, or in mode `exact`, it is there at once. A loss that is linear in the log-probs
-        has the same gradient whatever is recorded.
+        nothing can be differentiated, in mode `exact` and under a full cache it is there at once. A loss that is linear
+        in the log-probs has the same gradient whatever is recorded.
 
         Args:
             batch: Prompts and completions on the policy's device.
