@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the kernels need triton, which is for Linux")
-
-from triton import language
-from triton.runtime import interpreter
+pytest.importorskip("triton", reason="the kernels need triton, which is for Linux")
+language = pytest.importorskip("triton.language")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,13 +19,13 @@ plain_patch, plain_convert, plain_dot = (
 )
 
 
-def patch_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None:
+def patch_tensor(tensor: type, scope: object) -> None:
     """As the interpreter does, but loop bounds are integers with NumPy 2.4 too, whose int() refuses arrays of one."""
     plain_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-def convert_float(numbers: np.ndarray, source: language.dtype, target: language.dtype, mode: object) -> np.ndarray:
+def convert_float(numbers: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
     """As a GPU does: to the nearest bfloat16, where the interpreter cuts digits off."""
     bits = np.ascontiguousarray(numbers).view(f"uint{source.primitive_bitwidth}")
     if source == language.bfloat16 and target == language.float32:
@@ -36,17 +35,17 @@ def convert_float(numbers: np.ndarray, source: language.dtype, target: language.
     return plain_convert(numbers, source, target, mode)
 
 
-def dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
+def widened(x: object) -> object:
+    """bfloat16 numbers as float32."""
+    if x.dtype.scalar != language.bfloat16:
+        return x
+    bits = convert_float(x.data, language.bfloat16, language.float32, None)
+    return interpreter.TensorHandle(bits.view(np.float32), language.float32)
+
+
+def dot(self: object, a: object, b: object, *rest: object) -> object:
     """The product of bfloat16 numbers, where the interpreter multiplies their bits."""
-    wide = [
-        interpreter.TensorHandle(
-            convert_float(x.data, language.bfloat16, language.float32, None).view(np.float32), language.float32
-        )
-        if x.dtype.scalar == language.bfloat16
-        else x
-        for x in (a, b)
-    ]
-    return plain_dot(self, *wide, *rest)
+    return plain_dot(self, widened(a), widened(b), *rest)
 
 
 interpreter._patch_lang_tensor = patch_tensor

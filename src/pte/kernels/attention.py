@@ -2,9 +2,10 @@
 
 Decides: tiles and splits. The kernel streams keys and values once, so it is bound by memory: a tile of slots is 8 KB
 of keys and as much of values (32 slots of 128 channels in bfloat16), three tiles are in shared memory and four programs
-fit on a multiprocessor; a program serves all heads of one group. Where rows times key heads are fewer than two programs a multiprocessor, the filled slots of a
-row are split evenly among several programs and a second kernel combines them; how many is decided from the allocated
-size alone, so that a captured graph stays valid, and the filled part is divided on the device.
+fit on a multiprocessor; a program serves all heads of one group. Where rows times key heads are fewer than two programs
+a multiprocessor, the filled slots of a row are split evenly among several programs and a second kernel combines them.
+How many is decided from the allocated size alone, so that a captured graph stays valid; the filled part is divided on
+the device.
 Does not know: models, states, where keys were written. Equals `decode_attention_reference`.
 
 Paper: pi^D(y_t | C_t^D), for one t.

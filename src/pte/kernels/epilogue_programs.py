@@ -10,8 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def steered_low(
+def steered_lows(
     low,
+    other_low,
     low_row,
     state,
     state_row,
@@ -23,25 +24,36 @@ def steered_low(
     BLOCK_RANK: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
 ):
-    """S (B x) of a tile of rows in the model's dtype, each with its own S; B x where there is no S."""
+    """S (B x) of two maps for a tile of rows in the model's dtype, S read once; B x where there is no S.
+
+    Without another map both results are the first.
+    """
     outs = tl.arange(0, BLOCK_RANK)
     starts = rows.to(tl.int64)
     if HAS_STATE:
         steered = tl.zeros((rows.shape[0], BLOCK_RANK), tl.float32)
+        other_steered = tl.zeros((rows.shape[0], BLOCK_RANK), tl.float32)
         row_starts = starts[:, None, None]
         there = running[:, None, None]
         for first in tl.static_range(0, RANK, CHUNK):
             ins = (first + tl.arange(0, CHUNK))[None, None, :]
             inside = there & (ins < RANK)
-            x = tl.load(low + row_starts * low_row + ins, mask=inside, other=0.0).to(tl.float32)
             places = row_starts * state_row + outs[None, :, None] * state_out + ins * state_in
             s = tl.load(state + places, mask=inside & (outs < RANK)[None, :, None], other=0.0)
+            x = tl.load(low + row_starts * low_row + ins, mask=inside, other=0.0).to(tl.float32)
             steered += tl.sum(s * x, axis=2)
+            if HAS_OTHER:
+                y = tl.load(other_low + row_starts * low_row + ins, mask=inside, other=0.0).to(tl.float32)
+                other_steered += tl.sum(s * y, axis=2)
         result = steered.to(low.dtype.element_ty)
+        other = other_steered.to(low.dtype.element_ty)
     else:
-        result = tl.load(low + starts[:, None] * low_row + outs[None, :], mask=running[:, None], other=0.0)
-    return result
+        places = starts[:, None] * low_row + outs[None, :]
+        result = tl.load(low + places, mask=running[:, None], other=0.0)
+        other = tl.load(other_low + places, mask=running[:, None], other=0.0)
+    return (result, other) if HAS_OTHER else (result, result)
 
 
 @triton.jit
@@ -124,7 +136,8 @@ def finish_qkv_program(
     row_starts = rows.to(tl.int64)[:, None]
     if HAS_UPDATE:
         lows = product + (QUERY_HEADS + 2 * KV_HEADS) * HEAD_DIM + place * BLOCK_RANK
-        low = steered_low(
+        low, _ = steered_lows(
+            lows,
             lows,
             product_row,
             state,
@@ -137,6 +150,7 @@ def finish_qkv_program(
             BLOCK_RANK,
             CHUNK,
             HAS_STATE,
+            False,
         )
     turn = tl.load(positions + rows, mask=running, other=0).to(tl.int64)[:, None] * (2 * HEAD_DIM) + halves[None, :]
     cosine_1 = tl.load(rotations + turn, mask=tile, other=0.0)
@@ -210,21 +224,8 @@ def finish_gate_up_program(
     row_starts = rows.to(tl.int64)[:, None]
     if HAS_UPDATE:
         lows = product + 2 * features
-        gate_low = steered_low(
+        gate_low, up_low = steered_lows(
             lows + GATE_PLACE * BLOCK_RANK,
-            product_row,
-            state,
-            state_row,
-            state_out,
-            state_in,
-            rows,
-            running,
-            RANK,
-            BLOCK_RANK,
-            CHUNK,
-            HAS_STATE,
-        )
-        up_low = steered_low(
             lows + UP_PLACE * BLOCK_RANK,
             product_row,
             state,
@@ -237,6 +238,7 @@ def finish_gate_up_program(
             BLOCK_RANK,
             CHUNK,
             HAS_STATE,
+            GATE_PLACE != UP_PLACE,
         )
     first = tl.program_id(1) * columns_per_program
     for start in tl.range(first, tl.minimum(first + columns_per_program, features), BLOCK_COLUMNS, num_stages=4):
@@ -282,14 +284,15 @@ def finish_residual_program(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """Program (some whole rows): the update is added in place, a tile of columns at a time; then the rows as a whole."""
+    """Program (some whole rows): the update is added in place, a tile of columns at a time; then all is normed."""
     first = tl.program_id(0) * ROWS
     if HAS_UPDATE:
         lanes = tl.arange(0, BLOCK_ROWS)
         tile_rows = first + lanes
         running = (lanes < ROWS) & (tile_rows < batch)
         lows = product + hidden + PLACE * BLOCK_RANK
-        low = steered_low(
+        low, _ = steered_lows(
+            lows,
             lows,
             product_row,
             state,
@@ -302,6 +305,7 @@ def finish_residual_program(
             BLOCK_RANK,
             CHUNK,
             HAS_STATE,
+            False,
         )
         for start in tl.range(0, hidden, BLOCK_COLUMNS, num_stages=5):
             columns = start + tl.arange(0, BLOCK_COLUMNS)

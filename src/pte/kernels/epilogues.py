@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from pte.kernels.operands import Heads, LowRankUpdate, NewToken
 
 TILE_ROWS = 16
-TILE_COLUMNS = 128
-RESIDUAL_TILE_COLUMNS = 256
+GATE_UP_TILE = (128, 2**13)
+"""Columns of a tile at most, and bytes of A in it at most: two such tiles times three in flight are 48 KB."""
+RESIDUAL_TILE = (256, 2**14)
+"""Likewise, with one such tile times four."""
 RESIDUAL_PROGRAMS = 32
 STATE_TILE_NUMBERS = 16384
 """Numbers of S that a program holds at once: 64 registers a thread."""
@@ -104,7 +106,8 @@ def finish_gate_up(
     """
     check_dtype(product.dtype)
     batch = product.shape[0]
-    row_tiles, column_tiles = triton.cdiv(batch, TILE_ROWS), triton.cdiv(features, TILE_COLUMNS)
+    columns = tile_columns(update, GATE_UP_TILE)
+    row_tiles, column_tiles = triton.cdiv(batch, TILE_ROWS), triton.cdiv(features, columns)
     per_program = triton.cdiv(column_tiles, max(1, multiprocessors(product.device) // row_tiles))
     activated = product.new_empty(batch, features)
     finish_gate_up_program[(row_tiles, triton.cdiv(column_tiles, per_program))](
@@ -114,11 +117,11 @@ def finish_gate_up(
         activated,
         batch,
         features,
-        per_program * TILE_COLUMNS,
+        per_program * columns,
         **places_of(update, ("GATE_PLACE", "UP_PLACE")),
         **rank_blocks(update),
         BLOCK_ROWS=TILE_ROWS,
-        BLOCK_COLUMNS=TILE_COLUMNS,
+        BLOCK_COLUMNS=columns,
         num_warps=8,
     )
     return activated
@@ -167,11 +170,22 @@ def finish_residual(
         **rank_blocks(update),
         ROWS=rows,
         BLOCK_ROWS=TILE_ROWS,
-        BLOCK_COLUMNS=RESIDUAL_TILE_COLUMNS,
+        BLOCK_COLUMNS=tile_columns(update, RESIDUAL_TILE),
         BLOCK_HIDDEN=block_hidden,
         num_warps=8,
     )
     return summed, normed
+
+
+def tile_columns(update: LowRankUpdate | None, limits: tuple[int, int]) -> int:
+    """Columns of a tile, a power of two.
+
+    Args:
+        update: Whose A is to fit.
+        limits: Columns at most, bytes of A at most.
+    """
+    most, most_bytes = limits
+    return most if update is None else max(16, min(most, most_bytes // (update.up.shape[1] * update.up.element_size())))
 
 
 def update_tensors(product: Tensor, update: LowRankUpdate | None) -> tuple[Tensor, Tensor, int, int, int]:
