@@ -54,9 +54,10 @@ class FusedDecodeStep:
         self.fused = FusedWeights.of(policy.base, rank=0 if adapter is None else adapter.rank)
         self.first_norm = DecodeNorm.of(decoder.layers[0].input_layernorm)
         angles = rotations(policy, num_positions)
+        next_norms = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]
         self.layers = [
-            FusedLayer(decoder, index, groups=groups, adapter=adapter, rotations=angles)
-            for index, groups in enumerate(self.fused.layers)
+            FusedLayer(layer, products_of(groups, adapter, index), rotations=angles, next_norm=next_norms[index])
+            for index, (layer, groups) in enumerate(zip(decoder.layers, self.fused.layers, strict=True))
         ]
         # Says whose B lies in the spare rows. The step itself would be kept alive by the base.
         self.mark = object()
@@ -117,39 +118,30 @@ class FusedLayer:
     """One decoder layer on one token a row.
 
     Args:
-        decoder: The base's.
-        index: Of the layer.
-        groups: Its fused weights.
-        adapter: The one on them, or None for the base alone.
+        layer: Of the library.
+        products: Of its input groups.
         rotations: Cosines and signed sines of all positions.
+        next_norm: What follows the layer: the next one's first norm, or the last of all.
     """
 
     def __init__(
         self,
-        decoder: nn.Module,
-        index: int,
+        layer: nn.Module,
+        products: list[FusedProduct],
         *,
-        groups: tuple[FusedGroup, ...],
-        adapter: ThoughtAdapter | None,
         rotations: Float[Tensor, "positions 2 1 head_dim"],
+        next_norm: nn.Module,
     ) -> None:
-        layers = decoder.get_submodule("layers")
-        layer, last = layers[index], index + 1 == len(layers)
-        self.mlp_norm = DecodeNorm.of(layer.post_attention_layernorm)
-        self.next_norm = DecodeNorm.of(decoder.norm if last else layers[index + 1].input_layernorm)
-        self.scaling: float = layer.self_attn.scaling
-        names = INPUT_GROUPS if adapter is None else adapter.groups(index)
-        self.products = [
-            FusedProduct(
-                group,
-                adapted=() if adapter is None else tuple(map(all_names.index, adapted)),
-                rank=0 if adapter is None else adapter.rank,
-            )
-            for group, all_names, adapted in zip(groups, INPUT_GROUPS, names, strict=True)
-        ]
+        attention = layer.get_submodule("self_attn")
+        assert isinstance(attention.scaling, float)
+        self.scaling = attention.scaling
+        self.mlp_norm = DecodeNorm.of(layer.get_submodule("post_attention_layernorm"))
+        self.next_norm = DecodeNorm.of(next_norm)
+        self.products = products
         head_dim = rotations.shape[-1]
-        query_width, kv_width, _ = groups[0].widths
-        norms = [DecodeNorm.of(layer.self_attn.get_submodule(name)) for name in head_norms(layer)]
+        query_width, kv_width, _ = products[0].group.widths
+        names = ("q_norm", "k_norm") if hasattr(attention, "q_norm") else ()
+        norms = [DecodeNorm.of(attention.get_submodule(name)) for name in names]
         self.heads = Heads(
             query_width // head_dim,
             kv_width // head_dim,
@@ -200,6 +192,11 @@ class FusedLayer:
         )
 
 
-def head_norms(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the norms of query and key heads, where the architecture has them."""
-    return ("q_norm", "k_norm") if hasattr(layer.get_submodule("self_attn"), "q_norm") else ()
+def products_of(groups: tuple[FusedGroup, ...], adapter: ThoughtAdapter | None, layer: int) -> list[FusedProduct]:
+    """The products of a layer's input groups, with the lows of the maps that the adapter adapts."""
+    if adapter is None:
+        return [FusedProduct(group, adapted=(), rank=0) for group in groups]
+    return [
+        FusedProduct(group, adapted=tuple(map(names.index, adapted)), rank=adapter.rank)
+        for group, names, adapted in zip(groups, INPUT_GROUPS, adapter.groups(layer), strict=True)
+    ]
