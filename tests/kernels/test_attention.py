@@ -8,8 +8,9 @@ from pte.kernels.attention import decode_attention, filled_ends, num_splits
 from pte.kernels.reference import decode_attention_reference
 
 SLOTS = 70
-# Ragged prompts in 20 slots, then a window: nothing in it, full, with holes where a block left and with a few tokens.
-HELD = torch.full((4, SLOTS), -1)
+# Ragged prompts in 20 slots, then a window: nothing in it, full, with holes where a block left, with a few tokens, and
+# one whose prompt leaves a whole tile of 32 slots empty before the window's tokens.
+HELD = torch.full((5, SLOTS), -1)
 HELD[0, :3] = torch.arange(3)
 HELD[1] = torch.arange(SLOTS)
 HELD[2, :17] = torch.arange(17)
@@ -17,6 +18,7 @@ HELD[2, 20:36] = torch.arange(80, 96)
 HELD[2, 52:] = torch.arange(60, 78)
 HELD[3, :20] = torch.arange(20)
 HELD[3, 20:25] = torch.arange(20, 25)
+HELD[4, 40:60] = torch.arange(40, 60)
 
 
 def both(
@@ -41,7 +43,7 @@ def both(
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1), (7, 1), (14, 2)], ids=str)
 def test_attention_is_the_softmax_over_filled_slots(heads: tuple[int, int], dtype: torch.dtype) -> None:
     # Weights are rounded before they multiply the values; the reference rounds nothing.
-    check_close(*both(4, heads=heads, head_dim=16, dtype=dtype), digits=0.3)
+    check_close(*both(5, heads=heads, head_dim=16, dtype=dtype), digits=0.3)
 
 
 @pytest.mark.parametrize("head_dim", [4, 24, 32, 64, 128, 256])
@@ -70,8 +72,8 @@ def test_few_slots_in_a_long_cache_are_divided_among_all_programs() -> None:
 
 def test_keys_may_lie_in_any_memory_order() -> None:
     positions = HELD.to(DEVICE)
-    query = random(4, 4, 16, seed=1)
-    slots_first = (random(4, SLOTS, 2, 16, seed=2).transpose(1, 2), random(4, 16, 2, SLOTS, seed=3).permute(0, 2, 3, 1))
+    query = random(5, 4, 16, seed=1)
+    slots_first = (random(5, SLOTS, 2, 16, seed=2).transpose(1, 2), random(5, 16, 2, SLOTS, seed=3).permute(0, 2, 3, 1))
     expected = decode_attention_reference(
         query, slots_first[0], values=slots_first[1], positions=positions, scaling=0.3
     )
@@ -89,14 +91,15 @@ def test_keys_may_lie_in_any_memory_order() -> None:
 def test_a_row_without_any_token_is_zero_and_leaves_its_neighbours_alone() -> None:
     held = HELD.clone()
     held[0] = -1
-    ours, expected = both(4, heads=(4, 2), head_dim=16, held=held)
+    ours, expected = both(5, heads=(4, 2), head_dim=16, held=held)
     assert torch.equal(ours[0], torch.zeros_like(ours[0]))
     check_close(ours[1:], expected[1:])
 
 
 def test_ends_are_one_past_the_last_filled_slot() -> None:
-    empty = torch.full((1, SLOTS), -1)
-    assert filled_ends(torch.cat((HELD, empty))).tolist() == [3, 70, 70, 25, 0]
+    empty, first = torch.full((1, SLOTS), -1), torch.full((1, SLOTS), -1)
+    first[0, 0] = 0
+    assert filled_ends(torch.cat((HELD, empty, first))).tolist() == [3, 70, 70, 25, 60, 0, 1]
 
 
 def test_float64_is_refused() -> None:
