@@ -3,7 +3,7 @@
 Decides: how much work a program gets. State and A are read from the second-level cache by every program that needs
 them, and traffic is what they cost: with 16 rows a tile, A is read once for 16 rows and a row's S (4 KB at rank 32)
 once for each program of its tile. So there is about one program a multiprocessor, each looping over columns: at batch
-128 and 2 x 18944 columns S costs 9 MB a layer instead of 78 with a program for every tile. A norm needs whole rows:
+128 and 2 x 18944 columns S costs 8 MB a layer instead of 78 with a program for every tile. A norm needs whole rows:
 about 32 programs share them, so that A is read 32 times at most.
 Does not know: models, what made the product. Each function names the naive program of `reference.py` that it equals.
 
