@@ -11,7 +11,7 @@ from pte.method.cache import BoundedCache
 from pte.method.eviction.h2o import HeavyHitters
 from pte.model.decode import DecodeStep
 from pte.model.fused import FusedDecodeStep
-from pte.model.fused_support import fused_refusal
+from pte.model.fused_support import fused_refusal, unsupported
 from pte.model.policy import BoundedPolicy, detach_adapter
 from pte.model.segment import adapter_weights
 from tiny import ARCHITECTURES, tiny_base, tiny_policy
@@ -202,8 +202,15 @@ def test_what_the_kernels_do_not_serve_is_refused_with_the_reason(changes: dict,
 
 def test_float64_is_refused_and_so_is_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy()
-    if DEVICE.type == "cpu":
-        assert "got torch.float64; use DecodeStep" in str(fused_refusal(policy))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "kernels need a CUDA device, got cpu" in str(fused_refusal(policy))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "got torch.float64; use DecodeStep" in str(unsupported(policy))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "kernels need a CUDA device, got cpu" in str(unsupported(policy))
     assert not kernels_available(torch.device("cpu"))
+
+
+def test_a_rollout_on_a_cpu_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(base=tiny_base(dtype=torch.float32), dtype=torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert unsupported(policy) is None
+    assert "the fused decode step is for CUDA devices, got cpu; use DecodeStep" in str(fused_refusal(policy))

@@ -19,7 +19,7 @@ from pte.kernels.epilogues import finish_gate_up, finish_qkv, finish_residual
 from pte.kernels.operands import Heads, NewToken
 from pte.method.adapter import INPUT_GROUPS
 from pte.model.decode import DecodeNorm, rotations
-from pte.model.fused_support import fused_refusal
+from pte.model.fused_support import unsupported
 from pte.model.fused_weights import FusedProduct, FusedWeights
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class FusedDecodeStep:
         num_positions: All positions are below this; their cosines and sines are made here, once.
 
     Raises:
-        ValueError: The kernels do not serve this policy (`fused_refusal`).
+        ValueError: The kernels do not serve this policy (`unsupported`).
     """
 
     def __init__(self, policy: BoundedPolicy, weights: AdapterWeights | None, *, num_positions: int) -> None:
-        if (refusal := fused_refusal(policy)) is not None:
-            raise ValueError(refusal)
+        if (reason := unsupported(policy)) is not None:
+            raise ValueError(reason)
         decoder = policy.base.get_decoder()
         adapter = None if weights is None else policy.adapter
         self.embed_tokens = decoder.embed_tokens

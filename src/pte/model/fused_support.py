@@ -20,7 +20,17 @@ LARGEST_RANK = 128
 
 
 def fused_refusal(policy: BoundedPolicy) -> str | None:
-    """Why `FusedDecodeStep` cannot run a policy, with the remedy; None where it can."""
+    """Why a rollout of a policy takes `DecodeStep` instead of `FusedDecodeStep`; None where it takes the fused step.
+
+    That the kernels can be interpreted on a CPU is no reason to sample there with them.
+    """
+    if policy.device.type != "cuda":
+        return f"the fused decode step is for CUDA devices, got {policy.device.type}; use DecodeStep"
+    return unsupported(policy)
+
+
+def unsupported(policy: BoundedPolicy) -> str | None:
+    """What `FusedDecodeStep` cannot compute of a policy, with the remedy; None where it can compute all."""
     activation = policy.base.get_decoder().layers[0].mlp.act_fn
     rank = 0 if policy.adapter is None else policy.adapter.rank
     eviction = policy.eviction
