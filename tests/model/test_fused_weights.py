@@ -83,6 +83,15 @@ def test_an_adapter_is_loaded_in_place_over_the_one_before() -> None:
     assert not up[16:24].any() and up[:16, :4].all() and not up[:, 4:].any()
 
 
+def test_nothing_of_a_larger_adapter_is_left_behind_b() -> None:
+    policy = tiny_policy(rank=20)
+    loaded_products(policy)
+    detach_adapter(policy.base)
+    product = loaded_products(tiny_policy(base=policy.base, rank=4))[0][0]
+    lows = product(torch.randn(3, 16, dtype=torch.float64))[:, product.group.outputs :].view(3, 3, 16)
+    assert lows[:, :, :4].all() and not lows[:, :, 4:].any()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fusing_leaves_the_base_as_it_was_to_run_to_save_and_to_detach(tmp_path, architecture: str, tied: bool) -> None:
