@@ -112,9 +112,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def clear(device: torch.device) -> None:
-    """Gives back what nothing holds any more."""
-    gc.collect()
+    """Gives device memory back that nothing holds any more."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,21 @@ TRIES = 4
 
 
 @dataclass(frozen=True)
+class BoundedSteps:
+    """A steady decode step of a bounded arm.
+
+    Args:
+        values: Of its row.
+        fill_seconds: Of a run until the window is full.
+        step_seconds: Of a step from then on.
+    """
+
+    values: Values
+    fill_seconds: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class Bench:
     """Where and with what rows are measured.
 
@@ -43,6 +58,7 @@ class Bench:
         device: Where it lies.
         work: Of one decode step.
         rates: Of the device.
+        bounded: Steady steps that were timed already, by arm, batch and window.
     """
 
     plan: GpuPlan
@@ -51,6 +67,7 @@ class Bench:
     device: torch.device
     work: DecodeWork
     rates: DeviceRates
+    bounded: dict[tuple[str, int, int], BoundedSteps] = field(default_factory=dict)
 
     def readings(self, read: Callable[[int], float]) -> list[float]:
         """Readings of a row: as many as the plan allows, one at least, no further one after `row_seconds`.

@@ -87,7 +87,6 @@ class GpuPlan:
 
 GPU = GpuPlan()
 TINY = GpuPlan(
-    dtype="float32",
     prompt_tokens=3,
     blocks=2,
     rank=4,
@@ -95,10 +94,10 @@ TINY = GpuPlan(
     horizon=2,
     windows=(8, 16),
     batches=(2, 1),
-    lengths=(24, 32),
+    lengths=(80, 96),
     long_batch=2,
     largest_batch=2,
-    timed_steps=4,
+    timed_steps=16,
     repeats=2,
     update_batch=2,
     update_lengths=(8, 16, 32),

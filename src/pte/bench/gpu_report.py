@@ -6,6 +6,7 @@ Decides: the layout, 120 columns at most. Does not know how anything was measure
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pte.bench.rows import RowBook
 
 GIB, MIB = 2**30, 2**20
-REASON_COLUMNS = 118
+COLUMNS_OF_TEXT = 118
 Column = tuple[str, int, Callable[[Row], str]]
 
 
@@ -139,7 +140,8 @@ def gpu_table(rows: Sequence[Row], model: str, *, device: str) -> Iterator[str]:
 def row_notes(row: Row) -> Iterator[str]:
     """What a row says beside its numbers."""
     if row.not_measured is not None:
-        yield f"  not measured: {row.case.label}: {row.not_measured}"[:REASON_COLUMNS]
+        text = f"not measured: {row.case.label}: {row.not_measured}"
+        yield from textwrap.wrap(text, COLUMNS_OF_TEXT, initial_indent="  ", subsequent_indent="    ")
     elif row.case.arm == "start":
         first, later = row.number("first_run_seconds"), row.number("later_run_seconds", "median")
         yield f"  first rollout of 2 tokens: {first:.2f} s, later ones {later:.2f} s; path: {row.values['path']}"

@@ -10,15 +10,14 @@ at the end of it, where the batch must still fit. Full caches are filled by one 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pte.bench.arms import OurRollout, attached
 from pte.bench.device import elapsed_seconds, peak_memory
 from pte.bench.generate_arms import generate_steps, static_steps
-from pte.bench.gpu_bench import Bench, reading
+from pte.bench.gpu_bench import Bench, BoundedSteps, reading
 from pte.bench.roofline import StepLine, attended_sum
-from pte.bench.rows import Case, Values, number_in
+from pte.bench.rows import Case, NotMeasured, Values, number_in
 from pte.bench.vllm_arm import vllm_values
 from pte.bench.workload import random_ids
 from pte.model.policy import BoundedPolicy
@@ -81,23 +80,10 @@ def measure_long(bench: Bench, case: Case) -> Values:
     )
 
 
-@dataclass(frozen=True)
-class BoundedSteps:
-    """A steady decode step of a bounded arm.
-
-    Args:
-        values: Of its row.
-        fill_seconds: Of a run until the window is full.
-        step_seconds: Of a step from then on.
-    """
-
-    values: Values
-    fill_seconds: float
-    step_seconds: float
-
-
 def bounded_steps(bench: Bench, arm: str, *, batch: int, window_tokens: int) -> BoundedSteps:
-    """Steps from a full window through as many blocks as it has."""
+    """Steps from a full window through as many blocks as it has; timed once in a process."""
+    if (arm, batch, window_tokens) in bench.bounded:
+        return bench.bounded[arm, batch, window_tokens]
     plan, schedule = bench.plan, bench.plan.schedule(window_tokens)
     short, long = window_tokens + 1, 2 * window_tokens + 1
     fills: list[float] = []
@@ -126,7 +112,9 @@ def bounded_steps(bench: Bench, arm: str, *, batch: int, window_tokens: int) -> 
         "warm_up_seconds": first - fill,
         "how": f"steady state: reasoning tokens {window_tokens} to {2 * window_tokens}, {plan.blocks} evictions",
     }
-    return BoundedSteps(values, fill_seconds=fill, step_seconds=statistics.median(seconds))
+    steps = BoundedSteps(values, fill_seconds=fill, step_seconds=statistics.median(seconds))
+    bench.bounded[arm, batch, window_tokens] = steps
+    return steps
 
 
 def bounded_completion(bench: Bench, case: Case, tokens: int) -> Values:
@@ -185,7 +173,11 @@ def full_steps(bench: Bench, arm: str, *, batch: int, position: int) -> Values:
 
 
 def full_completion(bench: Bench, arm: str, *, batch: int, tokens: int) -> Values:
-    """A whole completion under a full cache, without its prefill."""
+    """A whole completion under a full cache, without its prefill.
+
+    Raises:
+        NotMeasured: The two readings contradict each other.
+    """
     last = tokens - 2 * bench.plan.timed_steps
     late = full_steps(bench, arm, batch=batch, position=last)
     middle = full_steps(bench, arm, batch=batch, position=tokens // 2)
@@ -193,6 +185,8 @@ def full_completion(bench: Bench, arm: str, *, batch: int, tokens: int) -> Value
     prompt = bench.plan.prompt_tokens
     line = StepLine((half - prompt, end - prompt), (half_seconds, end_seconds))
     seconds = line.completion_seconds(tokens)
+    if seconds <= 0:
+        raise NotMeasured("steps at half of the length and at its end differ by more than a line can be drawn through")
     return {
         **late,
         "completion_seconds": seconds,

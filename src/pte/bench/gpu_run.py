@@ -43,7 +43,7 @@ PARTS: dict[Part, tuple[Callable[[GpuPlan], list[Case]], Callable[[Bench, Case],
 
 @dataclass
 class PartClock:
-    """What is left of a part's time, and how long its next row may take, judged by the last one of the same arm.
+    """What is left of a part's time, and how long its next row may take, judged by the rows before.
 
     Args:
         seconds: Of the part.
@@ -52,6 +52,7 @@ class PartClock:
     seconds: float
     begin: float = field(default_factory=perf_counter)
     rates: dict[str, float] = field(default_factory=dict)
+    worst: dict[bool, float] = field(default_factory=dict)
 
     @property
     def spent(self) -> float:
@@ -59,12 +60,15 @@ class PartClock:
         return perf_counter() - self.begin
 
     def note(self, case: Case, seconds: float) -> None:
-        """Keeps what a row took, by token."""
-        self.rates[case.arm] = seconds / (case.tokens or 1)
+        """Keeps what a row took for its work."""
+        bounded, rate = case.window_tokens is not None, seconds / case.work
+        self.rates[case.arm] = rate
+        self.worst[bounded] = max(rate, self.worst.get(bounded, 0.0))
 
     def expected(self, case: Case) -> float:
-        """Seconds that a row may take; 0 for an arm that has not run yet."""
-        return self.rates.get(case.arm, 0.0) * (case.tokens or 1)
+        """Seconds that a row may take: of its arm, or of the slowest arm of its kind of cache; 0 for the first."""
+        worst = self.worst.get(case.window_tokens is not None, 0.0)
+        return self.rates.get(case.arm, worst) * case.work
 
     def reason_to_leave_out(self, case: Case) -> str | None:
         """Why there is no time for a row, or None."""
@@ -147,15 +151,15 @@ def run_part(bench: Bench, book: RowBook, part: Part) -> list[str]:
     clock = PartClock(bench.plan.part_seconds)
     failures: list[str] = []
     run: Values = {
-        "commit": book.header["commit"],
+        "commit": book.commit,
         "versions": book.header["versions"],
         "hardware": book.header["hardware"],
         "rates": asdict(bench.rates),
     }
     for case in cases(bench.plan):
-        if book.has(case, commit=run["commit"]):
+        if book.has(case):
             continue
-        row = measured_row(case, clock, lambda case=case: measure(bench, case), commit=book.header["commit"])  # type: ignore[misc]
+        row = measured_row(case, clock, lambda case=case: measure(bench, case), commit=book.commit)  # type: ignore[misc]
         clear(bench.device)
         if row.failed:
             failures.append(f"{case.label}: {row.not_measured}")
@@ -165,12 +169,11 @@ def run_part(bench: Bench, book: RowBook, part: Part) -> list[str]:
     return failures
 
 
-def measured_row(case: Case, clock: PartClock, measure: Callable[[], Values], *, commit: object) -> Row:
+def measured_row(case: Case, clock: PartClock, measure: Callable[[], Values], *, commit: str | None) -> Row:
     """What becomes of a case."""
-    known = commit if isinstance(commit, str) else None
     reason = clock.reason_to_leave_out(case)
     if reason is not None:
-        return Row(case, known, {}, reason)
+        return Row(case, commit, {}, reason)
     begin, failed = perf_counter(), False
     try:
         values = measure()
@@ -183,8 +186,8 @@ def measured_row(case: Case, clock: PartClock, measure: Callable[[], Values], *,
         reason, failed = first_line(error), True
     else:
         clock.note(case, perf_counter() - begin)
-        return Row(case, known, values)
-    return Row(case, known, {}, reason, failed)
+        return Row(case, commit, values)
+    return Row(case, commit, {}, reason, failed)
 
 
 def outcome(row: Row) -> str:

@@ -10,6 +10,7 @@ Equals: our `lora` policy under a full cache, in loss and gradients (tested).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -133,13 +134,16 @@ def checkpointed(base: PreTrainedModel, gradient_checkpointing: bool) -> Iterato
     if not gradient_checkpointing:
         yield
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.train()
-    try:
-        yield
-    finally:
-        base.eval()
-        base.gradient_checkpointing_disable()
+    with warnings.catch_warnings():
+        # Newer releases call it activation checkpointing; the name that all supported ones know warns.
+        warnings.simplefilter("ignore", FutureWarning)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.train()
+        try:
+            yield
+        finally:
+            base.eval()
+            base.gradient_checkpointing_disable()
 
 
 class PlainGenerate:

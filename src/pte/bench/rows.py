@@ -42,6 +42,13 @@ class Case:
     tokens: int | None = None
 
     @property
+    def work(self) -> int:
+        """What the time of measuring grows with: tokens, and for rollouts the window, which has to be filled first."""
+        if self.part in ("rollout", "long", "kernels"):
+            return self.window_tokens or 1
+        return self.tokens or 1
+
+    @property
     def label(self) -> str:
         """The case in words."""
         words = [self.arm, f"batch {self.batch}" if self.batch else "largest batch"]
@@ -134,10 +141,16 @@ class RowBook:
         self.rows = {row.case: row for row in map(Row.from_json, kept["rows"])}
         self.parts = dict(kept["parts"])
 
-    def has(self, case: Case, commit: str | None) -> bool:
-        """True when this commit has measured the case."""
+    @property
+    def commit(self) -> str | None:
+        """Of the code that measures."""
+        commit = self.header["commit"]
+        return commit if isinstance(commit, str) else None
+
+    def has(self, case: Case) -> bool:
+        """True when this commit has measured the case already."""
         row = self.rows.get(case)
-        return row is not None and row.not_measured is None and row.commit == commit
+        return row is not None and row.not_measured is None and row.commit == self.commit
 
     def add(self, row: Row) -> None:
         """Keeps a row, in place of an earlier one of the same case."""
