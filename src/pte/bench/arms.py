@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pte.bench.workload import grpo_loss, make_optimizer, optimizer_step, parity_rewards, randomize_ups
+from pte.bench.workload import (
+    fixed_advantages,
+    grpo_loss,
+    make_optimizer,
+    optimizer_step,
+    parity_rewards,
+    randomize_ups,
+)
 from pte.learn.loss import BatchTotals
 from pte.learn.optimizer import backpropagate
 from pte.method.adapter import AdapterKind, LowRankPair, ThoughtAdapter
@@ -129,14 +136,20 @@ class OurStep(OurRollout):
     def update(self, rollouts: Sequence[Rollout]) -> None:
         """One optimizer step on a batch of rollouts, a micro-batch at a time."""
         totals = BatchTotals(len(rollouts), tokens=sum(len(rollout.completion_ids) for rollout in rollouts))
+        advantages = fixed_advantages(len(rollouts))
         for start in range(0, len(rollouts), self.micro_batch):
-            some = rollouts[start : start + self.micro_batch]
-            batch = collate_rollouts(some, device=self.policy.device)
-            recorded = pad_sequence([rollout.rollout_logprobs for rollout in some], batch_first=True)
+            rows = slice(start, start + self.micro_batch)
+            batch = collate_rollouts(rollouts[rows], device=self.policy.device)
+            recorded = pad_sequence([rollout.rollout_logprobs for rollout in rollouts[rows]], batch_first=True)
             logprobs = self.replay(batch).policy_logprobs
-            backpropagate(
-                grpo_loss(logprobs, recorded.to(logprobs.device), completion_mask=batch.completion_mask, totals=totals)
+            loss = grpo_loss(
+                logprobs,
+                recorded.to(logprobs.device),
+                advantages=advantages[rows],
+                completion_mask=batch.completion_mask,
+                totals=totals,
             )
+            backpropagate(loss)
         optimizer_step(self.optimizer)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from pte.bench.workload import grpo_loss, make_optimizer, optimizer_step, randomize_ups
+from pte.bench.workload import fixed_advantages, grpo_loss, make_optimizer, optimizer_step, randomize_ups
 from pte.learn.loss import BatchTotals
 from pte.learn.optimizer import backpropagate
 
@@ -205,13 +205,20 @@ class PlainLoraStep:
         prompt_tokens = len(self.prompts[0])
         completions, completion_tokens = sampled.shape[0], sampled.shape[1] - prompt_tokens
         totals = BatchTotals(completions, tokens=completions * completion_tokens)
+        advantages = fixed_advantages(completions).split(self.micro_batch)
         with checkpointed(self.base, self.gradient_checkpointing):
-            for some in sampled.split(self.micro_batch):
+            for some, advantage in zip(sampled.split(self.micro_batch), advantages, strict=True):
                 logprobs = completion_logprobs(self.base, some, prompt_tokens=prompt_tokens)
-                mask = torch.ones_like(logprobs, dtype=torch.bool)
                 # On policy: the sampling log-probs are those of the forward, as trainers without their own record
                 # take them.
-                backpropagate(grpo_loss(logprobs, logprobs.detach(), completion_mask=mask, totals=totals))
+                loss = grpo_loss(
+                    logprobs,
+                    logprobs.detach(),
+                    advantages=advantage,
+                    completion_mask=torch.ones_like(logprobs, dtype=torch.bool),
+                    totals=totals,
+                )
+                backpropagate(loss)
         optimizer_step(self.optimizer)
 
     @contextmanager

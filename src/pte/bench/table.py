@@ -54,7 +54,7 @@ def shown(figure: Figure, value: object) -> str:
     """A figure with its unit."""
     if not isinstance(value, int | float):
         return "not measured"
-    return f"{value:.3g} {figure.unit}".strip()
+    return f"{value:.4g} {figure.unit}".strip()
 
 
 def read_baselines(root: Path) -> dict[str, Mapping[str, object]]:

@@ -47,20 +47,24 @@ def parity_rewards(completions: Sequence[Sequence[int]]) -> list[float]:
     return [float(sum(completion) % 2) for completion in completions]
 
 
+def fixed_advantages(completions: int) -> Float[Tensor, " completions"]:
+    """+1 and -1 in turns, as if half of a group were right: every completion has a gradient."""
+    return torch.tensor([1.0, -1.0]).repeat(completions)[:completions]
+
+
 def grpo_loss(
     policy_logprobs: Float[Tensor, "batch tokens"],
     rollout_logprobs: Float[Tensor, "batch tokens"],
     *,
+    advantages: Float[Tensor, " batch"],
     completion_mask: Bool[Tensor, "batch tokens"],
     totals: BatchTotals,
 ) -> Float[Tensor, ""]:
-    """The clipped policy loss with fixed advantages of +1 and -1 in turns, as if half of a group were right."""
-    batch = policy_logprobs.shape[0]
-    advantages = torch.tensor([1.0, -1.0], device=policy_logprobs.device).repeat(batch)[:batch]
+    """The clipped policy loss."""
     return policy_loss(
         policy_logprobs,
         rollout_logprobs,
-        advantages=advantages,
+        advantages=advantages.to(policy_logprobs.device),
         completion_mask=completion_mask,
         objective=PolicyObjective(),
         totals=totals,
