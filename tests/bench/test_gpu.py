@@ -223,6 +223,7 @@ def test_generate_goes_on_from_a_filled_cache_as_if_it_had_read_it() -> None:
     whole = generate(base, prompts, new_tokens=6)
     torch.manual_seed(7)
     assert torch.equal(generate(base, prompts, new_tokens=6, cache=cache), whole)
+    assert cache.get_seq_length() == 9 + 5, "the cache that was given is the one that went on"
 
 
 def test_an_adapter_that_was_measured_leaves_the_base_as_it_was() -> None:
