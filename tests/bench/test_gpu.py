@@ -25,6 +25,7 @@ from pte.bench.plain import generate
 from pte.bench.rows import Case, Row
 from pte.bench.shapes import SHAPES, random_base
 from pte.bench.workload import random_ids
+from pte.model.load import linear_maps
 from pte.model.policy import BoundedPolicy
 from pte.timing import SPANS
 
@@ -239,6 +240,7 @@ def test_an_adapter_that_was_measured_leaves_the_base_as_it_was() -> None:
         adapted = OurRollout(BoundedPolicy(base, adapter, TINY.schedule(8)), prompts).sample(20, seed=0)
         assert [one.completion_ids for one in adapted] != plain
     assert sampled() == plain
+    assert {type(linear) for linear in linear_maps(base)} == {torch.nn.Linear}, "the next adapter finds a free base"
 
 
 def test_a_reason_is_told_below_its_table() -> None:

@@ -141,10 +141,11 @@ class OurStep(OurRollout):
             rows = slice(start, start + self.micro_batch)
             batch = collate_rollouts(rollouts[rows], device=self.policy.device)
             recorded = pad_sequence([rollout.rollout_logprobs for rollout in rollouts[rows]], batch_first=True)
+            recorded = recorded.to(self.policy.device)
             logprobs = self.replay(batch).policy_logprobs
             loss = grpo_loss(
                 logprobs,
-                recorded.to(logprobs.device),
+                recorded,
                 advantages=advantages[rows],
                 completion_mask=batch.completion_mask,
                 totals=totals,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pte.bench.device import elapsed_seconds, free_bytes
+from pte.bench.device import clear, elapsed_seconds, free_bytes
 from pte.bench.roofline import DecodeWork, DeviceRates, step_bound_seconds
 from pte.bench.rows import NotMeasured, Values
 from pte.bench.timing import summary
@@ -144,7 +144,7 @@ class Bench:
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
-            free_bytes(self.device)
+            clear(self.device)
             batch = max(1, int(batch * SMALLER_BATCH))
         return measure(batch)
 

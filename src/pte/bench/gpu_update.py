@@ -49,11 +49,15 @@ def measure_update(bench: Bench, case: Case) -> Values:
     assert tokens is not None
     if case.arm != PLAIN:
         return our_update(bench, case, tokens)
-    try:
-        return plain_update(bench, case.batch, tokens)
-    except torch.OutOfMemoryError:
+    for sequences in dict.fromkeys((case.batch, 1)):
+        try:
+            return plain_update(bench, sequences, tokens)
+        except torch.OutOfMemoryError:
+            if sequences == 1:
+                raise
+        # Only here, where the error holds nothing any more, can what it held be given back.
         clear(bench.device)
-    return plain_update(bench, 1, tokens)
+    raise AssertionError("one sequence fits or raises")
 
 
 def our_update(bench: Bench, case: Case, tokens: int) -> Values:
