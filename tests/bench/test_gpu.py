@@ -29,7 +29,7 @@ from pte.model.load import linear_maps
 from pte.model.policy import BoundedPolicy
 from pte.timing import SPANS
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 # Everything of the package's dependencies that the benchmark has no right to.
 WITHOUT_THE_REST = """
