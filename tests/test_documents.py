@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pte.bench.table import bench_table, read_baselines, with_table
 from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS, load_experiment, read_experiment_file
@@ -192,3 +193,11 @@ def test_the_evidence_page_is_what_the_report_makes_of_the_recorded_parts() -> N
     assert made.replace(f"{ROOT}/", "") == page
     for image in re.findall(r"\]\((figures/[^)]*)\)", page):
         assert (ROOT / "docs" / image).is_file(), image
+
+
+def test_the_readme_s_table_of_speed_is_what_the_baseline_files_make() -> None:
+    readme = ROOT / "README.md"
+    if not readme.is_file():
+        pytest.skip("there is no README yet")
+    page = readme.read_text(encoding="utf-8")
+    assert page == with_table(page, bench_table(read_baselines(ROOT))), "run python scripts/bench_table.py"

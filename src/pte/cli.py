@@ -58,7 +58,9 @@ EXAMPLES = {
     "  pte evidence --preset full --only ablation --workers 1",
     "report": "pte report runs/embedded\n  pte report runs/seed0 runs/seed1 runs/seed2 --output seeds.html\n"
     "  pte report runs/evidence --output report.html --figures docs/figures --markdown docs/evidence.md",
-    "bench": "pte bench --preset cpu --output cpu.json",
+    "bench": "pte bench --preset cpu --output cpu.json\n"
+    "  pte bench --preset gpu --part rollout long --output benchmarks/baselines/h200-7b-w1024.json\n"
+    "  pte bench --preset gpu --model tiny --device cpu",
 }
 
 
@@ -130,9 +132,15 @@ class BenchArguments:
     """Speed and memory against Transformers."""
 
     preset: str = "cpu"
-    """What is measured; `cpu` is the tiny configuration."""
+    """What is measured: `cpu`, the tiny configuration, or `gpu`, real shapes with random weights."""
+    part: tuple[str, ...] = ()
+    """Parts of gpu: rollout, long, update, step, kernels; unset for all, each at most 9 minutes."""
+    model: str | None = None
+    """Shape that gpu measures: 3b, 7b, 8b or tiny; unset for 7b."""
+    device: str | None = None
+    """Where gpu measures: cuda, or cpu for the tiny model; unset for cuda."""
     output: str | None = None
-    """Write the result to this JSON file."""
+    """Write the result to this JSON file; gpu adds its rows to those that the file holds."""
 
 
 @dataclasses.dataclass(frozen=True)

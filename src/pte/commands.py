@@ -309,10 +309,18 @@ def compare_command(arguments: CompareArguments, console: Console) -> None:
 
 def bench_command(arguments: BenchArguments, console: Console) -> None:
     """The benchmark; it prints its own table and, as the last line, one JSON object."""
-    from pte.bench import run_preset
+    from pte.bench import BenchRequest, run_bench
 
     check_output(arguments.output)
-    run_preset(arguments.preset, output=None if arguments.output is None else Path(arguments.output))
+    run_bench(
+        BenchRequest(
+            arguments.preset,
+            parts=arguments.part,
+            model=arguments.model,
+            device=arguments.device,
+            output=None if arguments.output is None else Path(arguments.output),
+        )
+    )
 
 
 def evidence_command(arguments: EvidenceArguments, console: Console) -> None:

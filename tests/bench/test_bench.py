@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from pte.bench.__main__ import main
-from pte.bench.arms import evicted_bytes
+from pte.bench.cpu_arms import evicted_bytes, plain_step, prompts
+from pte.bench.figures import FIGURES, cpu_figures
 from pte.bench.memory import peak_growth_bytes, probe_available
-from pte.bench.plain import PlainLoraStep, attach_plain_lora, completion_logprobs, generate
-from pte.bench.presets import CPU, FigureNames, Preset, preset_named
+from pte.bench.plain import PlainLoraStep, attach_plain_lora, completion_logprobs, detach_plain_lora, generate
+from pte.bench.presets import CPU, Preset
 from pte.bench.report import print_report
 from pte.bench.run import Measured, measure, torch_threads
+from pte.bench.shapes import random_base
 from pte.bench.timing import PairedSeconds
-from pte.bench.workload import grpo_loss, prompts, random_base, randomize_ups
+from pte.bench.workload import fixed_advantages, grpo_loss, randomize_ups
+from pte.learn.loss import BatchTotals
 from pte.method.adapter import LINEAR_MAPS, LowRankPair, ThoughtAdapter
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
@@ -45,13 +48,6 @@ MINI = replace(
     step_repeats=1,
     memory_repeats=1,
 )
-FIGURES = [
-    "rollout_vs_generate_1024",
-    "train_growth_mb_1024",
-    "train_growth_ratio_4096_horizon",
-    "train_growth_excess_chain_4096",
-    "train_step_vs_lora_1024",
-]
 needs_probe = pytest.mark.skipif(not probe_available(), reason="no /proc/self/clear_refs or no glibc")
 
 
@@ -66,8 +62,11 @@ def given_growth(preset: Preset, arm: str, tokens: int) -> int:
     return 10_000_000 + (evicted_bytes(preset, tokens) if arm == "chain" else 0)
 
 
-def test_cpu_preset_has_exactly_the_named_figures() -> None:
-    assert list(Measured(CPU, rollouts=FAKE, steps=FAKE).figures) == FIGURES
+def test_a_cpu_run_has_every_figure_and_those_of_a_gpu_are_null() -> None:
+    figures = Measured(CPU, rollouts=FAKE, steps=FAKE).figures
+    assert list(figures) == [figure.name for figure in FIGURES]
+    timed = {"rollout_vs_generate_1024", "train_step_vs_lora_1024"}
+    assert {name for name, figure in figures.items() if figure is not None} == timed
 
 
 FAKE = {1024: PairedSeconds(ours=(2.0, 3.0, 8.0), theirs=(4.0, 3.0, 4.0))}
@@ -104,19 +103,20 @@ def test_miniature_run_ends_with_one_json_line_of_all_figures(capsys: pytest.Cap
     output = tmp_path / "kept.json"
     print_report(measure(MINI, read_growth=given_growth), output=output)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    names = FigureNames.of(MINI)
-    expected = {names.rollout, names.growth, names.horizon, names.chain, names.step}
-    assert set(report["figures"]) == expected
-    assert all(math.isfinite(value) and value > 0 for value in report["figures"].values())
-    assert report["figures"][names.chain] == pytest.approx(1.0)
-    assert report["figures"][names.horizon] == pytest.approx(1.0)
+    rollout, growth, horizon, chain, step = (figure.name for figure in cpu_figures(MINI))
+    measured = {name: value for name, value in report["figures"].items() if value is not None}
+    assert set(measured) == {rollout, growth, horizon, chain, step}
+    assert {figure.name for figure in FIGURES} < set(report["figures"])
+    assert all(math.isfinite(value) and value > 0 for value in measured.values())
+    assert measured[chain] == pytest.approx(1.0)
+    assert measured[horizon] == pytest.approx(1.0)
     assert json.loads(output.read_text()) == report
     assert [row["tokens"] for row in report["rollout"]] == list(MINI.lengths)
 
 
 def test_plain_lora_equals_our_lora_policy_under_a_full_cache() -> None:
-    base = random_base(MINI).double()
-    plain_base = random_base(MINI)
+    base = random_base(MINI.shape).double()
+    plain_base = random_base(MINI.shape)
     adapted = attach_plain_lora(plain_base, rank=MINI.rank)
     randomize_ups(linear.up for linear in adapted)
     plain_base.double()
@@ -133,7 +133,12 @@ def test_plain_lora_equals_our_lora_policy_under_a_full_cache() -> None:
     logprobs = completion_logprobs(plain_base, tokens, prompt_tokens=MINI.prompt_tokens)
     rollout_logprobs = logprobs.detach() + 0.05 * torch.sin(torch.arange(22.0)).view(2, 11).double()
     mask = torch.ones_like(logprobs, dtype=torch.bool)
-    plain_loss = grpo_loss(logprobs, rollout_logprobs, completion_mask=mask)
+    shared = {
+        "advantages": fixed_advantages(2).double(),
+        "completion_mask": mask,
+        "totals": BatchTotals(2, tokens=22),
+    }
+    plain_loss = grpo_loss(logprobs, rollout_logprobs, **shared)
     plain_loss.backward()
 
     batch = collate(
@@ -143,7 +148,7 @@ def test_plain_lora_equals_our_lora_policy_under_a_full_cache() -> None:
         temperature=1.0,
     )
     replay = Replay(BoundedPolicy(base, adapter, EvictionSchedule(None)))
-    ours = grpo_loss(replay(batch).policy_logprobs, rollout_logprobs, completion_mask=mask)
+    ours = grpo_loss(replay(batch).policy_logprobs, rollout_logprobs, **shared)
     ours.backward()
 
     assert ours.item() == pytest.approx(plain_loss.item(), abs=1e-12)
@@ -154,7 +159,7 @@ def test_plain_lora_equals_our_lora_policy_under_a_full_cache() -> None:
 
 
 def test_merged_sampling_is_the_lora_policy_and_leaves_the_base_as_it_was() -> None:
-    step = PlainLoraStep(MINI)
+    step = plain_step(MINI)
     for linear in step.adapted:
         linear.up.data *= 20
     tokens = torch.tensor(step.prompts)
@@ -166,7 +171,7 @@ def test_merged_sampling_is_the_lora_policy_and_leaves_the_base_as_it_was() -> N
     after = step.base.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert (random_base(MINI)(input_ids=tokens).logits - merged).abs().max() > 1e-3
+    assert (random_base(MINI.shape)(input_ids=tokens).logits - merged).abs().max() > 1e-3
 
 
 @needs_probe
@@ -181,11 +186,47 @@ def test_memory_probe_sees_a_known_allocation_that_is_gone_afterwards() -> None:
     assert peak_growth_bytes(lambda: None) < size * 0.05
 
 
-def test_unknown_preset_is_an_error_that_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="preset must be one of cpu, got 'cpux'"):
-        preset_named("cpux")
-    assert main(["--preset", "cpux"]) == 2
-    assert "preset must be one of cpu" in capsys.readouterr().err
+def checkpointed_step(*, micro_batch: int, gradient_checkpointing: bool) -> PlainLoraStep:
+    base = random_base(MINI.shape).double()
+    settings = {"rank": MINI.rank, "micro_batch": micro_batch, "gradient_checkpointing": gradient_checkpointing}
+    return PlainLoraStep(base, prompts(MINI), **settings)
+
+
+def test_checkpointing_by_micro_batches_is_the_same_update_and_leaves_the_base_in_evaluation_mode() -> None:
+    whole = checkpointed_step(micro_batch=2, gradient_checkpointing=False)
+    parts = checkpointed_step(micro_batch=1, gradient_checkpointing=True)
+    before = [linear.up.detach().clone() for linear in whole.adapted]
+    sampled = generate(whole.base, prompts(MINI), new_tokens=9)
+    for step in (whole, parts):
+        step.update(sampled)
+    for start, one, other in zip(before, whole.adapted, parts.adapted, strict=True):
+        assert (one.up - start).abs().max() > 1e-6
+        torch.testing.assert_close(one.up, other.up, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(one.down, other.down, rtol=1e-4, atol=1e-8)
+    assert not parts.base.training and not parts.base.is_gradient_checkpointing
+
+
+def test_the_backward_of_a_checkpointed_layer_computes_it_again() -> None:
+    forwards = {}
+    for gradient_checkpointing in (False, True):
+        step = checkpointed_step(micro_batch=2, gradient_checkpointing=gradient_checkpointing)
+        sampled = generate(step.base, prompts(MINI), new_tokens=9)
+        calls: list[object] = []
+        step.adapted[0].register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        step.update(sampled)
+        forwards[gradient_checkpointing] = len(calls)
+    assert forwards == {False: 1, True: 2}
+
+
+def test_plain_lora_comes_off_again() -> None:
+    base = random_base(MINI.shape)
+    tokens = torch.tensor(prompts(MINI))
+    logits = base(input_ids=tokens).logits
+    adapted = attach_plain_lora(base, rank=MINI.rank)
+    randomize_ups(linear.up for linear in adapted)
+    assert not torch.equal(base(input_ids=tokens).logits, logits)
+    detach_plain_lora(base)
+    assert torch.equal(base(input_ids=tokens).logits, logits)
 
 
 def test_output_in_a_missing_directory_is_refused_before_any_work(capsys, tmp_path) -> None:

@@ -1,10 +1,11 @@
-"""Figures of speed and memory, beside Transformers in the same run: `python -m pte.bench --preset cpu`.
+"""Figures of speed and memory, beside Transformers in the same run: `python -m pte.bench --preset cpu` or `gpu`.
 
-May import: torch, transformers, `pte.rollout`, `pte.model`, `pte.method`, and the torch-only `pte.learn.loss`. Start
-with `presets.py` (what is measured), then `arms.py` (ours), `plain.py` (theirs), `run.py` (the order of measurements
-and the figures), `memory.py` (how growth is read).
+May import: torch, transformers, `pte.rollout`, `pte.model`, `pte.method`, `pte.timing`, and the torch-only
+`pte.learn.loss` and `pte.learn.optimizer`. Start with `figures.py` (what is claimed), then `presets.py` and
+`gpu_plan.py` (what is measured), `arms.py` (ours), `plain.py` (theirs), `run.py` and `gpu_run.py` (the order of
+measurements), `roofline.py` (what the hardware allows), `memory.py` (how growth is read on a CPU).
 """
 
-from pte.bench.run import run_preset
+from pte.bench.run import BenchRequest, run_bench
 
-__all__ = ["run_preset"]
+__all__ = ["BenchRequest", "run_bench"]

@@ -1,48 +1,84 @@
 """Our side: the rollout of the bounded policy, and one whole training step.
 
-Decides: the policy that is measured (thought adapters on all seven maps, A not zero) and what a step holds: rollout,
-replay with its backward, loss, optimizer. Does not know the baseline.
+Decides: the adapters that are measured (all seven maps, A not zero) and what a step holds: rollout, reward, replay with
+its backward, loss, optimizer. Does not know the baseline, nor which sizes are measured.
 
 Paper: Section 3.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pte.bench.workload import descend, grpo_loss, make_optimizer, prompts, random_base, randomize_ups
-from pte.method.adapter import LowRankPair, ThoughtAdapter
-from pte.method.schedule import EvictionSchedule
-from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
+from pte.bench.workload import (
+    fixed_advantages,
+    grpo_loss,
+    make_optimizer,
+    optimizer_step,
+    parity_rewards,
+    randomize_ups,
+)
+from pte.learn.loss import BatchTotals
+from pte.learn.optimizer import backpropagate
+from pte.method.adapter import AdapterKind, LowRankPair, ThoughtAdapter
+from pte.model.policy import attach_adapter, detach_adapter, layer_sizes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
-from pte.rollout.replay import Replay
+from pte.rollout.replay import GradientMode, Replay
 from pte.rollout.sampling import stream_seed
 
 if TYPE_CHECKING:
-    from pte.bench.presets import Preset
+    from transformers import PreTrainedModel
 
-TrainMode = Literal["chain", "horizon"]
+    from pte.model.policy import BoundedPolicy
 
 
-def thought_policy(preset: Preset) -> BoundedPolicy:
-    """PTE on a random base, with an adapter that has been trained a little."""
-    base = random_base(preset)
-    adapter = ThoughtAdapter(layer_sizes(base), rank=preset.rank, global_tokens=preset.global_tokens)
+def attach_trained(base: PreTrainedModel, kind: AdapterKind, *, rank: int, global_tokens: int) -> ThoughtAdapter:
+    """Puts an adapter that has been trained a little on a base."""
+    adapter = ThoughtAdapter(layer_sizes(base), kind=kind, rank=rank, global_tokens=global_tokens)
     randomize_ups(pair.up for pair in adapter.modules() if isinstance(pair, LowRankPair))
     attach_adapter(base, adapter)
-    return BoundedPolicy(base, adapter, EvictionSchedule(preset.window_tokens, preset.evict_tokens))
+    return adapter
+
+
+@contextmanager
+def attached(
+    base: PreTrainedModel, kind: AdapterKind | None, *, rank: int, global_tokens: int
+) -> Iterator[ThoughtAdapter | None]:
+    """The same for the duration of a block; None attaches nothing."""
+    if kind is None:
+        yield None
+        return
+    try:
+        yield attach_trained(base, kind, rank=rank, global_tokens=global_tokens)
+    finally:
+        detach_adapter(base)
+
+
+def decode_path(engine: RolloutEngine) -> str:
+    """How an engine computes its tokens: `eager`, or the name that it gives to a faster way."""
+    return str(getattr(engine, "path", "eager"))
 
 
 class OurRollout:
-    """Completions of the bounded policy, with their log-probs."""
+    """Completions of the bounded policy, with their log-probs.
 
-    def __init__(self, preset: Preset) -> None:
-        self.policy = thought_policy(preset)
-        self.prompts = prompts(preset)
+    Args:
+        policy: The policy.
+        prompts: Of each completion.
+    """
+
+    def __init__(self, policy: BoundedPolicy, prompts: Sequence[tuple[int, ...]]) -> None:
+        self.policy = policy
+        self.prompts = prompts
+        self.path = ""
+        self.cache_bytes = 0
+        self.state_bytes = 0
 
     def run(self, tokens: int, seed: int) -> None:
         """Completes every prompt with `tokens` tokens."""
@@ -60,6 +96,8 @@ class OurRollout:
             ]
         )
         assert all(len(rollout.completion_ids) == tokens for rollout in rollouts)
+        self.path = decode_path(engine)
+        self.cache_bytes, self.state_bytes = engine.peak_cache_bytes, engine.peak_state_bytes
         return rollouts
 
 
@@ -67,30 +105,69 @@ class OurStep(OurRollout):
     """Training steps of the bounded policy.
 
     Args:
-        preset: What is measured.
+        policy: The policy, with an adapter.
+        prompts: Of each completion.
         mode: Gradient mode of the replay.
+        horizon: Evictions that gradients go through in mode `horizon`; not read in the others.
+        micro_batch: Completions that are replayed at once.
     """
 
-    def __init__(self, preset: Preset, *, mode: TrainMode) -> None:
-        super().__init__(preset)
-        horizon = preset.horizon if mode == "horizon" else None
-        self.replay = Replay(self.policy, gradient_mode=mode, horizon=horizon)
-        assert self.policy.adapter is not None
-        self.optimizer = make_optimizer(self.policy.adapter.parameters())
+    def __init__(
+        self,
+        policy: BoundedPolicy,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        mode: GradientMode,
+        horizon: int,
+        micro_batch: int,
+    ) -> None:
+        super().__init__(policy, prompts)
+        self.replay = Replay(policy, gradient_mode=mode, horizon=horizon if mode == "horizon" else None)
+        self.micro_batch = micro_batch
+        assert policy.adapter is not None
+        self.optimizer = make_optimizer(policy.adapter.parameters())
 
     def run(self, tokens: int, seed: int) -> None:
-        """Samples, replays, descends."""
+        """Samples, scores, replays, descends."""
         rollouts = self.sample(tokens, seed)
-        batch = collate_rollouts(rollouts)
-        recorded = pad_sequence([rollout.rollout_logprobs for rollout in rollouts], batch_first=True)
-        logprobs = self.replay(batch, recorded=recorded).policy_logprobs
-        descend(grpo_loss(logprobs, recorded, completion_mask=batch.completion_mask), self.optimizer)
+        parity_rewards([rollout.completion_ids for rollout in rollouts])
+        self.update(rollouts)
+
+    def update(self, rollouts: Sequence[Rollout]) -> None:
+        """One optimizer step on a batch of rollouts, a micro-batch at a time."""
+        totals = BatchTotals(len(rollouts), tokens=sum(len(rollout.completion_ids) for rollout in rollouts))
+        advantages = fixed_advantages(len(rollouts))
+        for start in range(0, len(rollouts), self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            batch = collate_rollouts(rollouts[rows], device=self.policy.device)
+            recorded = pad_sequence([rollout.rollout_logprobs for rollout in rollouts[rows]], batch_first=True)
+            recorded = recorded.to(self.policy.device)
+            logprobs = self.replay(batch, recorded=recorded).policy_logprobs
+            loss = grpo_loss(
+                logprobs,
+                recorded,
+                advantages=advantages[rows],
+                completion_mask=batch.completion_mask,
+                totals=totals,
+            )
+            backpropagate(loss)
+        optimizer_step(self.optimizer)
 
 
-def evicted_bytes(preset: Preset, tokens: int) -> int:
-    """Bytes of the keys and values that leave the cache over completions of `tokens` tokens, float32."""
-    schedule = EvictionSchedule(preset.window_tokens, preset.evict_tokens)
-    shape = preset.shape
-    kv_dim = shape.hidden_size // shape.heads * shape.kv_heads
-    token_bytes = 2 * shape.layers * kv_dim * torch.float32.itemsize
-    return preset.batch * schedule.num_evictions(tokens) * preset.evict_tokens * token_bytes
+def given_rollouts(
+    prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ...]], *, logprob: float
+) -> list[Rollout]:
+    """Completions as if they had been sampled, every token with the same log-prob: an update costs what it costs."""
+    return [
+        Rollout(
+            prompt_ids=prompt,
+            completion_ids=completion,
+            rollout_logprobs=torch.full((len(completion),), logprob),
+            finish_reason="length",
+            stream_seed=row,
+            temperature=1.0,
+            evictions=0,
+            state_norm=0.0,
+        )
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]

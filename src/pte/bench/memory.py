@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from pte.bench.arms import OurStep
-from pte.bench.plain import PlainLoraStep
+from pte.bench.cpu_arms import our_step, plain_step
 
 if TYPE_CHECKING:
     from pte.bench.presets import Preset
@@ -69,7 +68,7 @@ def peak_growth_bytes(work: Callable[[], object]) -> int:
 def step_growth_bytes(preset: Preset, arm: MemoryArm, *, tokens: int) -> int:
     """Growth during one training step of `tokens` tokens, in this process."""
     torch.set_num_threads(preset.threads)
-    step = PlainLoraStep(preset) if arm == "lora" else OurStep(preset, mode=arm)
+    step = plain_step(preset) if arm == "lora" else our_step(preset, arm)
     step.run(preset.warmup_tokens, seed=0)
     return peak_growth_bytes(lambda: step.run(tokens, seed=1))
 

@@ -1,7 +1,7 @@
-"""What a benchmark measures: the shape of a model, the sizes of a batch, the lengths, how often.
+"""What `--preset cpu` measures: the shape of a model, the sizes of a batch, the lengths, how often.
 
-Decides: the named presets and the names of their figures. Does not know how anything is measured.
-A preset is plain data, so that it can be handed to a fresh process as JSON.
+Decides: the settings. Does not know how anything is measured. A preset is plain data, so that it can be handed to a
+fresh process as JSON. What `--preset gpu` measures stands in `gpu_plan.py`.
 """
 
 from __future__ import annotations
@@ -9,30 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A Qwen2-architecture model with random weights.
-
-    Args:
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP.
-        layers: Decoder layers.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        vocab: Token ids.
-        tied: One matrix for embeddings and head.
-        max_positions: Positions that the model allows.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool
-    max_positions: int
+from pte.bench.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -130,47 +107,3 @@ CPU = Preset(
     step_repeats=3,
     memory_repeats=3,
 )
-PRESETS = {preset.name: preset for preset in (CPU,)}
-
-
-def preset_named(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}; use for example 'cpu'")
-    return PRESETS[name]
-
-
-@dataclass(frozen=True)
-class FigureNames:
-    """Names of the figures of a preset; each ends with the completion length that it is about.
-
-    Args:
-        rollout: Our tokens per CPU second divided by those of Transformers' `generate`.
-        growth: Growth of memory in one training step, mode `chain`, MB.
-        horizon: Growth at `long_tokens` divided by growth at `figure_tokens`, both in mode `horizon`.
-        chain: Growth at `long_tokens` less growth at `figure_tokens`, mode `chain`, divided by the bytes of the keys
-            and values evicted in the longer completions and not in the shorter ones.
-        step: CPU seconds of our training step divided by those of `generate` and a plain LoRA step.
-    """
-
-    rollout: str
-    growth: str
-    horizon: str
-    chain: str
-    step: str
-
-    @classmethod
-    def of(cls, preset: Preset) -> FigureNames:
-        """The names for the lengths of a preset."""
-        short, long = preset.figure_tokens, preset.long_tokens
-        return cls(
-            rollout=f"rollout_vs_generate_{short}",
-            growth=f"train_growth_mb_{short}",
-            horizon=f"train_growth_ratio_{long}_horizon",
-            chain=f"train_growth_excess_chain_{long}",
-            step=f"train_step_vs_lora_{short}",
-        )

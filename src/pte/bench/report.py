@@ -1,4 +1,4 @@
-"""What a run prints: a table for people, then one JSON object as the last line.
+"""What `--preset cpu` prints: a table for people, then one JSON object as the last line.
 
 Decides: the layout of both. Does not know how anything was measured.
 """
@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pte.bench.arms import evicted_bytes
+from pte.bench.cpu_arms import evicted_bytes
+from pte.bench.gpu_report import figure_lines
 from pte.bench.machine import Facts, commit, hardware, versions
 from pte.bench.memory import ALLOCATOR, BYTES_PER_MB
 from pte.bench.timing import PairedSeconds, summary
@@ -122,6 +123,4 @@ def table_lines(measured: Measured, machine: Facts) -> Iterator[str]:
             cells.append(f"{'-' if growth is None else format(growth / BYTES_PER_MB, '.1f'):>{width}}")
         cells.append(f"{evicted_bytes(preset, tokens) / BYTES_PER_MB:13.1f}")
         yield "".join(cells)
-    yield ""
-    for name, figure in measured.figures.items():
-        yield f"  {name:34} {'not measured' if figure is None else format(figure, '.3f')}"
+    yield from figure_lines(measured.figures)

@@ -1,13 +1,13 @@
-"""Runs a preset: which measurements, in which order, and what becomes a figure.
+"""Runs a benchmark: which preset, and for `cpu` which measurements, in which order, and what becomes a figure.
 
-Decides: `run_preset`, and what `figures` means. A figure is None where it could not be measured; why stands on stderr.
+Decides: `run_bench`, the one entrance, and the values of the CPU's figures. A figure is None where it could not be
+measured; why stands on stderr.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from pte.bench.arms import OurRollout, OurStep, evicted_bytes
+from pte.bench.cpu_arms import evicted_bytes, our_rollout, our_step, plain_generate, plain_step
+from pte.bench.figures import Figures, cpu_figures, flat_figures
+from pte.bench.gpu_run import progress, run_gpu
 from pte.bench.memory import BYTES_PER_MB, MemoryArm, isolated_growth_bytes, probe_available
-from pte.bench.plain import PlainGenerate, PlainLoraStep
-from pte.bench.presets import FigureNames, Preset, preset_named
+from pte.bench.presets import CPU, Preset
 from pte.bench.report import print_report
 from pte.bench.timing import PairedSeconds, paired_seconds
 
 GrowthReader = Callable[[Preset, MemoryArm, int], int]
-Figures = dict[str, float | None]
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Measured:
 
     @property
     def figures(self) -> Figures:
-        """The figures by name, as defined in `FigureNames`."""
-        preset, names = self.preset, FigureNames.of(self.preset)
+        """All figures by name, as `pte.bench.figures` defines them; those of a GPU are None."""
+        preset = self.preset
         short, long = preset.figure_tokens, preset.long_tokens
         chain, chain_long = self.growth("chain", short), self.growth("chain", long)
         horizon, horizon_long = self.growth("horizon", short), self.growth("horizon", long)
@@ -64,33 +64,68 @@ class Measured:
             ratio = horizon_long / horizon
         if chain is not None and chain_long is not None:
             excess = (chain_long - chain) / more_evicted
-        return {
-            names.rollout: 1 / self.rollouts[short].ratio,
-            names.growth: None if chain is None else chain / BYTES_PER_MB,
-            names.horizon: ratio,
-            names.chain: excess,
-            names.step: self.steps[short].ratio,
-        }
+        values = (
+            1 / self.rollouts[short].ratio,
+            None if chain is None else chain / BYTES_PER_MB,
+            ratio,
+            excess,
+            self.steps[short].ratio,
+        )
+        names = (figure.name for figure in cpu_figures(preset))
+        return flat_figures(dict(zip(names, values, strict=True)))
 
 
-def run_preset(name: str, *, output: Path | None = None) -> Figures:
-    """Measures a preset, prints a table and, as the last line, one JSON object; progress goes to stderr.
+@dataclass(frozen=True)
+class BenchRequest:
+    """What a user asks for.
 
     Args:
-        name: Of the preset.
-        output: File that also gets the JSON; it is written at the end.
+        preset: `cpu`, the tiny configuration beside Transformers; or `gpu`, real shapes.
+        parts: Of `gpu`; none for all.
+        model: Shape that `gpu` measures; None for 7b.
+        device: Where `gpu` measures; None for cuda.
+        output: File that also gets the JSON. `gpu` adds to what the file holds already.
+
+    Raises:
+        ValueError: No such preset, an option that the preset does not have, or `output` in a directory that does not
+            exist.
+    """
+
+    preset: str = "cpu"
+    parts: tuple[str, ...] = ()
+    model: str | None = None
+    device: str | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("cpu", "gpu"):
+            raise ValueError(f"preset must be one of cpu, gpu, got {self.preset!r}; use for example 'cpu'")
+        for name, value in (("part", self.parts), ("model", self.model), ("device", self.device)):
+            if value and self.preset == "cpu":
+                raise ValueError(f"{name} is an option of preset gpu, got {value!r} with cpu; add --preset gpu")
+        if self.output is not None and not self.output.resolve().parent.is_dir():
+            raise ValueError(
+                f"output must lie in an existing directory, got {str(self.output)!r}; make the directory first"
+            )
+
+
+def run_bench(request: BenchRequest) -> Figures:
+    """Measures, prints a table and, as the last line, one JSON object; progress goes to stderr.
+
+    Args:
+        request: What to measure, and where to keep it. The CPU's file is written at the end, the GPU's by rows.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: No such preset, or `output` lies in a directory that does not exist.
+        ValueError: An unknown model or part, a device that is not there, or a file of something else.
+        RuntimeError: A row of the GPU failed; the others are kept.
     """
-    preset = preset_named(name)
-    if output is not None and not output.resolve().parent.is_dir():
-        raise ValueError(f"output must lie in an existing directory, got {str(output)!r}; make the directory first")
-    measured = measure(preset)
-    print_report(measured, output=output)
+    if request.preset == "gpu":
+        return run_gpu(request.model or "7b", request.device or "cuda", parts=request.parts, output=request.output)
+    measured = measure(CPU)
+    print_report(measured, output=request.output)
     return measured.figures
 
 
@@ -119,7 +154,7 @@ def measure(preset: Preset, *, read_growth: GrowthReader | None = None) -> Measu
 def measure_rollouts(measured: Measured) -> None:
     """Tokens per CPU second at every length."""
     preset = measured.preset
-    ours, theirs = OurRollout(preset), PlainGenerate(preset)
+    ours, theirs = our_rollout(preset), plain_generate(preset)
     for arm in (ours, theirs):
         arm.run(min(preset.lengths), seed=-1)
     for tokens in preset.lengths:
@@ -135,7 +170,7 @@ def measure_rollouts(measured: Measured) -> None:
 def measure_steps(measured: Measured) -> None:
     """CPU seconds of a training step at every length."""
     preset = measured.preset
-    ours, theirs = OurStep(preset, mode="chain"), PlainLoraStep(preset)
+    ours, theirs = our_step(preset, "chain"), plain_step(preset)
     for arm in (ours, theirs):
         arm.run(min(preset.lengths), seed=-1)
     for tokens in preset.lengths:
@@ -173,11 +208,6 @@ def measure_memory(measured: Measured, read_growth: GrowthReader) -> None:
 def read_isolated(preset: Preset, arm: MemoryArm, tokens: int) -> int:
     """A reading in a process of its own."""
     return isolated_growth_bytes(preset, arm, tokens=tokens)
-
-
-def progress(line: str) -> None:
-    """One line on stderr."""
-    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager

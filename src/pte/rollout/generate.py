@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.method.eviction.policy import kept_tokens
-from pte.model.decode import DecodeStep
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state, fold
 from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_uniforms
-from pte.rollout.token_step import StateControl, TokenStep
+from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class RolloutEngine:
         self.peak_state_bytes = 0
         self.decode_steps = 0
         self.look_every_tokens = LOOK_EVERY_TOKENS if policy.device.type == "cuda" else 1
-        self.path = ""
+        self.path = decode_path(policy)
 
     @torch.no_grad()
     def run(
@@ -181,7 +180,7 @@ class RolloutEngine:
             state_control=self.state_control,
             temperature=self.temperature,
         )
-        self.decode = DecodeStep(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
+        self.decode = decode_forward(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
         self.make_token_step()
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
         states = self.buffers.states
@@ -197,7 +196,6 @@ class RolloutEngine:
             state_control=self.state_control,
             observes=self.observes,
         )
-        self.path = self.token_step.path
 
     def refill(self) -> None:
         """Puts waiting requests into free rows until no row or no request is left."""

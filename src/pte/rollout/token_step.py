@@ -17,14 +17,17 @@ from torch.nn import functional
 from pte.method.attention import DecodeAttention
 from pte.method.observe import AttentionObserver
 from pte.model.decode import DecodeStep
+from pte.model.fused_support import fused_refusal
 from pte.rollout.sampling import token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
+    from pte.method.adapter import AdapterWeights
+    from pte.model.fused import FusedDecodeStep
     from pte.model.policy import BoundedPolicy
     from pte.rollout.buffers import DecodeBuffers
 
@@ -37,7 +40,7 @@ class TokenStep:
     Args:
         policy: The bounded policy.
         buffers: Read and written in place.
-        forward: The new tokens' hidden states.
+        forward: `decode_forward(policy, ...)`.
         temperature: As the engine's.
         state_control: As the engine's.
         observes: Sum the attention that the eviction policy asks for.
@@ -48,7 +51,7 @@ class TokenStep:
         policy: BoundedPolicy,
         buffers: DecodeBuffers,
         *,
-        forward: DecodeStep,
+        forward: DecodeStep | FusedDecodeStep,
         temperature: float,
         state_control: StateControl,
         observes: bool,
@@ -63,11 +66,6 @@ class TokenStep:
         self.captures = policy.device.type == "cuda" and not observes
         self.replayed: Callable[[], None] | None = None
         self.warm = False
-
-    @property
-    def path(self) -> str:
-        """What computes a step, for the log."""
-        return "eager, CUDA graph" if self.captures else "eager"
 
     def __call__(self, *, longest: int) -> None:
         """One token.
@@ -106,20 +104,63 @@ class TokenStep:
         policy, buffers, cache = self.policy, self.buffers, self.buffers.cache
         positions = cache.prompt_lengths + buffers.entered
         places = cache.take_slots(positions[:, None])[:, 0]
+        states = controlled(buffers.reads, self.state_control)
+        if isinstance(self.forward, DecodeStep):
+            hidden = self.eager(
+                self.forward, positions=positions, places=places, states=states, attended_slots=attended_slots
+            )
+        else:
+            hidden = self.forward(buffers.current, positions=positions, cache=cache, slots=places, states=states)
+        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
+        buffers.record(logprobs, greedy=self.temperature == 0)
+
+    def eager(
+        self,
+        forward: DecodeStep,
+        *,
+        positions: Int[Tensor, " rows"],
+        places: Int[Tensor, " rows"],
+        states: Float[Tensor, "layers rows rank rank"] | None,
+        attended_slots: int,
+    ) -> Float[Tensor, "rows hidden"]:
+        """The new tokens' hidden states by torch's own operations, observed where the eviction policy asks."""
+        cache = self.buffers.cache
         observer = AttentionObserver() if self.observes else None
-        attention = DecodeAttention(cache, places, attended_slots=attended_slots, dtype=policy.dtype, observer=observer)
-        hidden = self.forward(
-            buffers.current,
-            positions=positions,
-            attention=attention,
-            states=controlled(buffers.reads, self.state_control),
+        attention = DecodeAttention(
+            cache, places, attended_slots=attended_slots, dtype=self.policy.dtype, observer=observer
         )
+        hidden = forward(self.buffers.current, positions=positions, attention=attention, states=states)
         if observer is not None:
             received = observer.take()[:, cache.prompt_slots :]
             missing = cache.free_slots.shape[1] - received.shape[1]
             cache.add_attention(functional.pad(received, (0, missing)))
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
-        buffers.record(logprobs, greedy=self.temperature == 0)
+        return hidden
+
+
+def decode_forward(
+    policy: BoundedPolicy, weights: AdapterWeights | None, *, num_positions: int
+) -> DecodeStep | FusedDecodeStep:
+    """The forward of one token a row: fused kernels where they serve the policy, else torch's own operations.
+
+    Args:
+        policy: The bounded policy.
+        weights: `adapter_weights(policy)`.
+        num_positions: All positions are below this.
+    """
+    if fused_refusal(policy) is not None:
+        return DecodeStep(policy, weights, num_positions=num_positions)
+    from pte.model.fused import FusedDecodeStep
+
+    return FusedDecodeStep(policy, weights, num_positions=num_positions)
+
+
+def decode_path(policy: BoundedPolicy) -> str:
+    """What computes a policy's tokens on its device, and why not faster, for logs."""
+    if policy.device.type != "cuda":
+        return "eager"
+    graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
+    reason = fused_refusal(policy)
+    return f"fused kernels{graph}" if reason is None else f"eager{graph} ({reason})"
 
 
 def controlled(
