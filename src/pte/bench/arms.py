@@ -60,11 +60,6 @@ def attached(
         detach_adapter(base)
 
 
-def decode_path(engine: RolloutEngine) -> str:
-    """How an engine computes its tokens: `eager`, or the name that it gives to a faster way."""
-    return str(getattr(engine, "path", "eager"))
-
-
 class OurRollout:
     """Completions of the bounded policy, with their log-probs.
 
@@ -96,7 +91,7 @@ class OurRollout:
             ]
         )
         assert all(len(rollout.completion_ids) == tokens for rollout in rollouts)
-        self.path = decode_path(engine)
+        self.path = engine.path
         self.cache_bytes, self.state_bytes = engine.peak_cache_bytes, engine.peak_state_bytes
         return rollouts
 

@@ -1,7 +1,7 @@
 """Part `kernels`: the pieces of a decode step alone, each against its own bound.
 
-Decides: which pieces: the matrix products of the base (`weights`), attention over the window by the library's kernel
-(`attention`), the products with S (`state_read`), folding one block (`fold`) and choosing tokens (`sampling`). They say
+Decides: which pieces: the matrix products of the base (`weights`), attention over the window by the kernel that a rollout
+takes there (`attention`), the products with S (`state_read`), folding one block (`fold`) and choosing tokens (`sampling`). They say
 how much of a step's distance to the roofline lies in its kernels and how much between them.
 """
 
@@ -19,6 +19,7 @@ from pte.bench.device import peak_memory, repeated_seconds
 from pte.bench.gpu_bench import Bench, reading
 from pte.bench.roofline import attention_bound_seconds, weights_bound_seconds
 from pte.bench.rows import Case, Values
+from pte.kernels.available import kernels_available
 from pte.method.adapter import INPUT_GROUPS, steer
 from pte.method.cache import EvictedTokens
 from pte.model.load import linear_maps
@@ -92,17 +93,31 @@ def attention_piece(bench: Bench, batch: int) -> Values:
     def random(heads: int, tokens: int) -> torch.Tensor:
         return torch.randn(batch, heads, tokens, shape.head_dim, dtype=plan.torch_dtype, device=bench.device)
 
-    layers = [
-        (random(shape.heads, 1), random(shape.kv_heads, attended), random(shape.kv_heads, attended))
-        for _ in range(shape.layers)
+    keys_and_values = [
+        (random(shape.kv_heads, attended), random(shape.kv_heads, attended)) for _ in range(shape.layers)
     ]
+    query = random(shape.heads, 1)
+    fused = bench.device.type == "cuda" and kernels_available(bench.device)
+    if fused:
+        from pte.kernels.attention import decode_attention, filled_ends
 
-    def work() -> None:
-        for query, keys, values in layers:
-            functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        positions = torch.arange(attended, device=bench.device).repeat(batch, 1)
+        flat, scaling = query[:, :, 0], shape.head_dim**-0.5
+
+        def work() -> None:
+            ends = filled_ends(positions)
+            for keys, values in keys_and_values:
+                decode_attention(flat, keys, values=values, positions=positions, ends=ends, scaling=scaling)
+
+    else:
+
+        def work() -> None:
+            for keys, values in keys_and_values:
+                functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     bound = attention_bound_seconds(bench.work, bench.rates, batch=batch, attended_tokens=attended)
-    return piece(bench, batch, work, bound=bound, how=f"library kernel, {attended} tokens, all layers")
+    kernel = "our kernel" if fused else "library kernel"
+    return piece(bench, batch, work, bound=bound, how=f"{kernel}, {attended} tokens, all layers")
 
 
 def read_piece(bench: Bench, batch: int) -> Values:
