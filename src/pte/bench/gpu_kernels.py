@@ -1,8 +1,8 @@
 """Part `kernels`: the pieces of a decode step alone, each against its own bound.
 
-Decides: which pieces: the matrix products of the base (`weights`), attention over the window by the kernel that a rollout
-takes there (`attention`), the products with S (`state_read`), folding one block (`fold`) and choosing tokens (`sampling`). They say
-how much of a step's distance to the roofline lies in its kernels and how much between them.
+Decides: which pieces: the matrix products of the base (`weights`), attention over the window by the kernel that a
+rollout takes there (`attention`), the products with S (`state_read`), folding one block (`fold`) and choosing tokens
+(`sampling`). They say how much of a step's distance to the roofline lies in its kernels and how much between them.
 """
 
 from __future__ import annotations
