@@ -52,7 +52,9 @@ def test_the_parts_of_a_step_are_exclusive_and_sum_to_it() -> None:
     assert sum(round(parts[name] * 1e9) for name in names) == clock.total_nanoseconds
     assert all(parts[name] > 0 for name in names)
     # The state's work happens in both halves of a step.
-    assert {("decode", "fold"), ("decode", "read"), ("forward", "fold"), ("backward", "read")} <= set(clock.nanoseconds)
+    assert {("decode", "fold"), ("decode", "read"), ("backward", "fold"), ("backward", "read")} <= set(
+        clock.nanoseconds
+    )
 
 
 def test_plain_lora_spends_no_time_on_a_state() -> None:

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from pte.method.cache import EvictedTokens
 from pte.method.eviction.h2o import HeavyHitters
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy
 from pte.rollout import gradients
-from pte.rollout.gradients import GradientSum, on_device, on_host, state_gradients
+from pte.rollout.gradients import GradientSum, state_gradients
 from pte.rollout.record import ReplayBatch, collate
 from pte.rollout.replay import Replay, blank_scores
 from pte.rollout.scores import score
 from pte.rollout.stretch import run_stretch
+from pte.rollout.waiting import WaitingBlocks
 from pte.rollout.walk import Walk
 from reference import Reference
 from sampled import SETTINGS
@@ -140,33 +142,31 @@ def test_only_blocks_that_left_before_the_last_group_wait_and_in_few_states(monk
             walk.store(start, keys=keys, values=values)
             waiting.add(start, torch.ones_like(start.states))
     # 60 tokens enter: stretches start at 8, 16, ..., 56, two evictions of 4 each (the last has one of them).
-    positions = [evicted.positions.flatten().tolist() for group in waiting.groups for evicted in group.evicted]
+    device = torch.device("cpu")
+    groups = [[] if group.waiting is None else group.waiting.on_device(device) for group in waiting.groups]
     prompt = walk.prompt_lengths[0]
-    assert positions == [list(range(prompt + 8 * n, prompt + 8 * n + 8)) for n in range(6)]
-    assert [len(group.evicted) for group in waiting.groups] == [2, 2, 2, 0]
-    assert not waiting.gradients
+    assert [[evicted.positions.flatten().tolist() for evicted in group] for group in groups] == [
+        [list(range(prompt + 8 * n, prompt + 8 * n + 8)) for n in pair] for pair in ((0, 1), (2, 3), (4, 5), ())
+    ]
+    assert not waiting.current
 
 
-def test_blocks_on_the_cpu_are_not_copied_to_wait() -> None:
-    policy, batch = tiny_policy(), ragged_batch((20,))
-    walk = Walk(policy, batch)
-    with torch.no_grad():
-        for stretch in walk.stretches[:2]:
-            start = walk.enter(stretch)
-            caches = {"cache_keys": walk.cache.keys, "cache_values": walk.cache.values}
-            _, keys, values = run_stretch(policy, start.inputs, states=start.states, **caches)
-            walk.store(start, keys=keys, values=values)
-    waiting = on_host(start.evicted)
-    assert waiting.keys.data_ptr() == start.evicted.keys.data_ptr()
-    back = on_device(waiting, torch.device("cpu"))
-    assert torch.equal(back.positions.long(), start.evicted.positions)
+def test_blocks_come_back_from_the_host_as_they_went() -> None:
+    generator = torch.Generator().manual_seed(0)
+    evicted = []
+    for rows in (3, 3, 1):
+        keys, values = (torch.randn(2, rows, 4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+        evicted.append(EvictedTokens(keys, values, torch.randint(0, 2**31 - 1, (rows, 4), generator=generator)))
+    for went, came in zip(evicted, WaitingBlocks(evicted).on_device(torch.device("cpu")), strict=True):
+        assert torch.equal(went.keys, came.keys) and torch.equal(went.values, came.values)
+        assert torch.equal(went.positions, came.positions.long())
 
 
 @pytest.mark.parametrize(
     ("window", "rank", "expected"),
     # Two layers, keys and values of 8 numbers of 8 bytes: 256 bytes a token. State and gradient: 2 x 2 layers x 4 bytes
-    # x rank^2. At most 4 % of 8 x 256 = 2048 bytes, 82: rank 4 has 256, rank 2 has 64; of 64 x 256, 655.
-    [((8, 4), 4, 4), ((8, 4), 2, 1), ((64, 16), 4, 1), ((64, 64), 8, 2)],
+    # x rank^2. At most 1 % of 8 x 256 = 2048 bytes, 20: rank 4 has 256, rank 2 has 64; of 64 x 256, 164.
+    [((8, 4), 4, 13), ((8, 4), 2, 4), ((64, 16), 4, 2), ((64, 64), 8, 7)],
 )
 def test_a_group_is_as_long_as_its_state_and_gradient_are_large(
     window: tuple[int, int], rank: int, expected: int

@@ -26,6 +26,7 @@ import torch
 
 from pte.method.cache import EvictedTokens
 from pte.model.segment import first_state, fold, fold_blocks
+from pte.rollout.waiting import WaitingBlocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pte.model.policy import BoundedPolicy
     from pte.rollout.walk import StretchStart, Walk
 
-KEPT_BYTES_FRACTION = 0.04
+KEPT_BYTES_FRACTION = 0.01
 
 
 class GradientSum:
@@ -149,24 +150,24 @@ class HorizonGradients:
 
 @dataclass
 class FoldGroup:
-    """Consecutive stretches whose folds are differentiated together.
+    """Consecutive stretches between whose ends only the state and the gradient at the first start are kept.
 
     Args:
-        state: Before their first eviction.
-        evicted: What left in each stretch.
-        gradient: Of `state`; from the group alone until the groups behind it have been added. None before its end.
+        before: State before their first eviction.
+        gradient: Of that state; from the group alone until those behind it have been added.
+        waiting: What left in them; None in the last group, which is not folded again.
     """
 
-    state: Float[Tensor, "layers sequences rank rank"]
-    evicted: list[EvictedTokens]
-    gradient: Float[Tensor, "layers sequences rank rank"] | None = None
+    before: Float[Tensor, "layers sequences rank rank"]
+    gradient: Float[Tensor, "layers sequences rank rank"]
+    waiting: WaitingBlocks | None
 
 
 class ChainGradients:
     """Through every eviction; evicted keys and values wait in host memory.
 
-    A state and a gradient are kept for every `stride` stretches, so that both together take at most about 4 % of the
-    bytes of the keys and values.
+    A state and a gradient are kept for every `stride` stretches, so that both together take at most 1 % of the bytes
+    of the keys and values; within a group, for each stretch a state and the gradients of its segments' states.
 
     Args:
         first: Takes what reaches the first state.
@@ -181,63 +182,76 @@ class ChainGradients:
         self.stride = group_stretches(first.policy)
         self.seen = 0
         self.groups: list[FoldGroup] = []
-        self.gradients: list[Tensor] = []
+        self.current: list[tuple[Tensor, EvictedTokens, Tensor]] = []
 
     def add(self, start: StretchStart, gradient: Float[Tensor, "layers sequences segments rank rank"]) -> None:
         """Takes a stretch's part; at the end of a group, its folds are differentiated."""
         if start.evicted is None or start.before is None:
             self.first.add(start, gradient)
             return
-        if self.seen % self.stride == 0:
-            self.groups.append(FoldGroup(start.before.clone(), []))
-        group = self.groups[-1]
-        group.evicted.append(start.evicted)
-        self.gradients.append(gradient)
+        self.current.append((start.before.clone(), start.evicted, gradient))
         self.seen += 1
         last = self.seen == self.stretches
         if last or self.seen % self.stride == 0:
-            leaf, states, _ = self.folded(group, sequences=group.state.shape[1])
-            group.gradient = self.handed_back(leaf, states, self.gradients)
-            self.gradients = []
-            group.evicted = [] if last else [on_host(evicted) for evicted in group.evicted]
+            waiting = None if last else WaitingBlocks([evicted for _, evicted, _ in self.current])
+            first, behind = self.current[0][0], None
+            while self.current:
+                before, evicted, gradient = self.current.pop()
+                behind = self.handed_back(before, evicted, gradient=gradient, behind=behind)
+            assert behind is not None
+            self.groups.append(FoldGroup(first, behind, waiting))
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Hands the gradient at each group's start back through the group before it, the last one first."""
         behind: Tensor | None = None
         while self.groups:
             group = self.groups.pop()
-            assert group.gradient is not None
-            if behind is not None:
+            if behind is not None and group.waiting is not None:
                 sequences = behind.shape[1]
-                leaf, _, after = self.folded(group, sequences=sequences)
-                group.gradient[:, :sequences] += self.handed_back(leaf, [after], [behind])
+                evicted = [one.first(sequences) for one in group.waiting.on_device(behind.device)]
+                states = [group.before[:, :sequences]]
+                for one in evicted[:-1]:
+                    states.append(fold_blocks(self.first.policy, states[-1], one, block=self.block)[:, :, -1])
+                for before, one in zip(reversed(states), reversed(evicted), strict=True):
+                    behind = self.handed_back(before, one, gradient=None, behind=behind)
+                group.gradient[:, :sequences] += behind
             behind = group.gradient
         if behind is not None:
             self.first.add_first(behind)
         self.first.finish()
 
-    @torch.enable_grad()
-    def folded(self, group: FoldGroup, *, sequences: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The state at a group's start as a leaf; with a graph from it, each stretch's states, and the last state.
+    def handed_back(
+        self,
+        before: Float[Tensor, "layers sequences rank rank"],
+        evicted: EvictedTokens,
+        *,
+        gradient: Float[Tensor, "layers sequences segments rank rank"] | None,
+        behind: Float[Tensor, "layers continuing rank rank"] | None,
+    ) -> Float[Tensor, "layers sequences rank rank"]:
+        """Gradient of the state before a stretch's evictions, which are folded again; adds the encoder's.
 
         Args:
-            group: Is folded again.
-            sequences: The first ones; fewer in a stretch where fewer were active.
+            before: That state.
+            evicted: What left.
+            gradient: Of the states of the stretch's segments.
+            behind: Of the state after the stretch, of the sequences that go on.
         """
-        state = leaf = group.state[:, :sequences].detach().requires_grad_()
-        states = []
-        for evicted in group.evicted:
-            here = on_device(evicted, state.device)
-            rows = min(sequences, here.positions.shape[0])
-            states.append(fold_blocks(self.first.policy, state[:, :rows], here.first(rows), block=self.block))
-            state = states[-1][:, :, -1]
-        return leaf, states, state
-
-    def handed_back(self, leaf: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
-        """Gradient of a group's first state, a tensor of its own; adds the encoder's."""
         collected = self.first.collected
-        found = torch.autograd.grad(outputs, [leaf, *collected.parameters], gradients, allow_unused=True)
+        with torch.enable_grad():
+            leaf = before.detach().requires_grad_()
+            states = fold_blocks(self.first.policy, leaf, evicted, block=self.block)
+            outputs = [] if gradient is None else [(states, gradient)]
+            if behind is not None:
+                outputs.append((states[:, : behind.shape[1], -1], behind))
+            found = torch.autograd.grad(
+                [output for output, _ in outputs],
+                [leaf, *collected.parameters],
+                [wanted for _, wanted in outputs],
+                allow_unused=True,
+            )
         collected.add(found[1:])
+        # A copy: the gradient may be part of what was handed in, and would keep all of it.
         return found[0].clone()
 
 
@@ -248,26 +262,6 @@ def group_stretches(policy: BoundedPolicy) -> int:
     kv_bytes = policy.segments_per_stretch * block * shape.token_bytes(policy.dtype)
     state_bytes = shape.layers * adapter.rank**2 * 4
     return math.ceil(2 * state_bytes / (KEPT_BYTES_FRACTION * kv_bytes))
-
-
-def on_host(evicted: EvictedTokens) -> EvictedTokens:
-    """Evicted tokens in host memory; from a GPU they are copied into pinned memory while it goes on computing."""
-
-    def moved(x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return x
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-    # Positions are below 2**31, and there are as many as tokens.
-    return EvictedTokens(moved(evicted.keys), moved(evicted.values), moved(evicted.positions.int()))
-
-
-def on_device(evicted: EvictedTokens, device: torch.device) -> EvictedTokens:
-    """Evicted tokens where they are folded; the copies follow those to the host in the stream's order."""
-    keys, values, positions = (
-        x.to(device, non_blocking=True) for x in (evicted.keys, evicted.values, evicted.positions)
-    )
-    return EvictedTokens(keys, values, positions)
 
 
 def state_gradients(
