@@ -481,6 +481,7 @@ def test_a_saved_adapter_changes_what_is_evaluated(tmp_path: Path, capsys: pytes
         limits = ["--eval.problems", "4", "--eval.max-new-tokens", "56", "--completions", str(output)]
         assert main(["eval", *flags, *limits, *extra]) == 0
         texts.append(output.read_text())
+        assert "decode: eager\n" in capsys.readouterr().out
     assert texts[0] != texts[1]
 
 

@@ -31,9 +31,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, int, int]
         shapes["rollout"].append((len(rollouts), len(requests[0].prompt_ids), self.max_new_tokens))
         return rollouts
 
-    def watched_forward(self: Replay, batch):
+    def watched_forward(self: Replay, batch, **options):
         shapes["replay"].append((*batch.completion_ids.shape, batch.prompt_ids.shape[1]))
-        return forward(self, batch)
+        return forward(self, batch, **options)
 
     monkeypatch.setattr(RolloutEngine, "run", watched_run)
     monkeypatch.setattr(Replay, "forward", watched_forward)
@@ -65,6 +65,7 @@ def test_the_worst_case_is_the_longest_prompt_with_the_longest_completion(tmp_pa
 
 def test_the_report_gives_peaks_the_formula_of_the_cache_and_what_to_lower() -> None:
     report = dry_run(short_config())
+    assert re.search(r"rollout: \d+\.\d s \(eager\), cache", report), "how tokens are computed"
     assert len(re.findall(r"process or device peak \d+ MiB", report)) == 3
     # 8 sequences x (23 + 16) tokens x 3 layers x keys and values x bytes.
     _, session = open_short(double=False)
@@ -121,9 +122,9 @@ def test_the_worst_case_of_a_warm_start_chooses_what_leaves(policy: str, monkeyp
     records = []
     forward = Replay.forward
 
-    def watched(self: Replay, batch):
+    def watched(self: Replay, batch, **options):
         records.append(batch.evicted_tokens is not None)
-        return forward(self, batch)
+        return forward(self, batch, **options)
 
     monkeypatch.setattr(Replay, "forward", watched)
     report = dry_run(short_config(cache__policy=policy))

@@ -26,6 +26,7 @@ from pte.report.curves import learning_curve
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
+from pte.rollout.token_step import decode_path
 from pte.run_record import replace_synced
 from pte.session import Session, check_evaluation, open_session
 from pte.tasks.evaluate import Evaluation, evaluate_session
@@ -92,7 +93,7 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
     assert adapter is not None
     console.print(
         f"run [bold]{run.directory}[/]: {sum(p.numel() for p in adapter.parameters()):,} trainable parameters, "
-        f"steps {run.done_steps} of {run.total_steps} done"
+        f"steps {run.done_steps} of {run.total_steps} done; decode: {decode_path(run.session.policy)}"
     )
     with step_progress(run, console) as on_step:
         train(run, on_step=on_step)
@@ -106,6 +107,7 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
         "run": str(run.directory),
         "seconds": time.perf_counter() - started,
         "steps": run.total_steps,
+        "decode": decode_path(run.session.policy),
         "evaluations": {name: evaluation.as_json() for name, evaluation in evaluations.items()},
         "last_metrics": last_metrics(run),
     }
@@ -209,6 +211,7 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
             for warning in overlap_warnings(arguments.train_path, path):
                 console.print(f"[yellow]warning[/]: {warning}")
     session = open_session(config)
+    console.print(f"decode: {decode_path(session.policy)}", highlight=False)
     if not session.task.evaluation:
         raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
     check_evaluation(session, config)
