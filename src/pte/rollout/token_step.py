@@ -38,7 +38,7 @@ class TokenStep:
         policy: The bounded policy.
         buffers: Read and written in place.
         forward: The new tokens' hidden states.
-        temperature: As the engine's.
+        temperature: As the engine's; unused where the buffers hold one of each row.
         state_control: As the engine's.
         observes: Sum the attention that the eviction policy asks for.
     """
@@ -118,8 +118,9 @@ class TokenStep:
             received = observer.take()[:, cache.prompt_slots :]
             missing = cache.free_slots.shape[1] - received.shape[1]
             cache.add_attention(functional.pad(received, (0, missing)))
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
-        buffers.record(logprobs, greedy=self.temperature == 0)
+        temperature = self.temperature if buffers.temperatures is None else buffers.temperatures
+        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), temperature)
+        buffers.record(logprobs, greedy=temperature == 0)
 
 
 def controlled(
