@@ -16,11 +16,10 @@ from pte.method.eviction.scored import LowestScore, needed
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.history import History
 from pte.rollout.record import ReplayBatch, Rollout, RolloutRequest, collate, collate_rollouts
 from pte.rollout.replay import Replay
 from reference import Reference
-from sampled import SCORED, SETTINGS, gap, recorded, replay_of, requests_for, sample
+from sampled import SCORED, SETTINGS, gap, recorded, replay_of, replayed_windows, requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
@@ -276,13 +275,10 @@ def test_in_bfloat16_the_record_keeps_rollout_and_replay_one_policy() -> None:
 def test_the_replay_s_window_is_what_the_record_leaves(eviction: LowestScore) -> None:
     policy = tiny_policy(eviction=eviction)
     rollouts = sorted(rollouts_of(policy, tokens=40, stop=(3,)), key=lambda rollout: -len(rollout.completion_ids))
-    history = History(policy, collate_rollouts(rollouts))
-    with torch.no_grad():
-        Replay(policy).walk_forward(history.batch, history=history)
-    for index, (stretch, indices) in list(enumerate(zip(history.stretches, history.token_indices, strict=True)))[1:]:
+    for stretch, windows in replayed_windows(policy, collate_rollouts(rollouts)):
         running = [rollout for rollout in rollouts if len(rollout.completion_ids) - 1 > stretch.start]
-        for rollout, held in zip(running, indices.tolist(), strict=True):
-            left = set(rollout.evicted_tokens[: index - 1].flatten().tolist())
+        for rollout, held in zip(running, windows, strict=True):
+            left = set(rollout.evicted_tokens[: stretch.first_eviction].flatten().tolist())
             assert sorted(held) == sorted(set(range(stretch.start)) - left)
 
 

@@ -10,10 +10,8 @@ from pte.method.eviction.window import OldestFirst
 from pte.model.policy import BoundedPolicy
 from pte.rollout.evict import evict_rows
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.history import History
-from pte.rollout.record import Rollout, RolloutRequest
-from pte.rollout.replay import Replay
-from sampled import SETTINGS, replay_of, requests_for, sample
+from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
+from sampled import SETTINGS, replayed_windows, requests_for, sample
 from tiny import tiny_base, tiny_policy
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15)]
@@ -85,17 +83,12 @@ def test_the_replay_s_window_is_the_rollout_s_at_every_stretch(eviction: object)
     policy = tiny_policy(eviction=eviction)
     _, rollouts = watch(policy)
     rollouts = sorted(rollouts, key=lambda rollout: -len(rollout.completion_ids))
-    batch, _ = replay_of(policy, rollouts)
-    history = History(policy, batch)
-    with torch.no_grad():
-        Replay(policy).walk_forward(batch, history=history)
-    assert len(history.token_indices) == len(history.stretches) >= 4
-    for stretch, indices in list(zip(history.stretches, history.token_indices, strict=True))[1:]:
+    windows = replayed_windows(policy, collate_rollouts(rollouts))
+    assert len(windows) >= 3
+    for stretch, windows_held in windows:
         running = [rollout for rollout in rollouts if len(rollout.completion_ids) - 1 > stretch.start]
-        assert indices.shape[0] == len(running)
-        for rollout, held in zip(running, indices.tolist(), strict=True):
-            expected = kept_by_hand(policy, stretch.start, rollout.stream_seed)[-1]
-            assert sorted(held) == expected
+        for rollout, held in zip(running, windows_held, strict=True):
+            assert sorted(held) == kept_by_hand(policy, stretch.start, rollout.stream_seed)[-1]
 
 
 def test_random_evictions_differ_between_streams_of_one_batch() -> None:

@@ -61,6 +61,15 @@ class EvictedTokens:
     values: Float[Tensor, "layers batch evicted kv_dim"]
     positions: Int[Tensor, "batch evicted"]
 
+    def first(self, rows: int) -> EvictedTokens:
+        """Those of the first sequences."""
+        return EvictedTokens(self.keys[:, :rows], self.values[:, :rows], self.positions[:rows])
+
+    def blocks(self, size: int) -> list[EvictedTokens]:
+        """Those of each eviction, where they hold several of `size` tokens."""
+        parts = (self.keys.split(size, dim=2), self.values.split(size, dim=2), self.positions.split(size, dim=1))
+        return [EvictedTokens(*part) for part in zip(*parts, strict=True)]
+
 
 @dataclass
 class BoundedCache:

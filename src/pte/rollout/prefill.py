@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pte.method.attention import StretchAttention, stretch_mask
+from pte.method.attention import StretchAttention
 from pte.model.segment import read_state, run_layers
 from pte.rollout.record import right_pad
 from pte.rollout.token_step import StateControl, controlled
@@ -97,9 +97,8 @@ class PromptReader:
         tokens = right_pad(prompts).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        nothing = torch.zeros(len(prompts), 1, 0, dtype=torch.bool, device=device)
-        mask = stretch_mask(nothing, positions < lengths[:, None], dtype=policy.dtype)
-        attention = StretchAttention(None, None, mask=mask, segments=1)
+        # Causal without a mask: padding comes after the prompt, so that no prompt token sees it.
+        attention = StretchAttention(None, None, mask=None, segments=1)
         first = None if self.first is None else self.first[:, None].expand(-1, len(prompts), -1, -1)
         reads = controlled(read_state(policy, first), self.state_control)
         hidden = run_layers(
