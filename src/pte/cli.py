@@ -231,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         commands.run(command, parsed)
     except KeyboardInterrupt:
-        how = "the same command goes on" if command == "evidence" else "a run goes on with --run.resume"
-        print(f"\npte: interrupted; {how}", file=sys.stderr)
+        how = {"evidence": "; the same command goes on", "serve": ""}.get(command, "; a run goes on with --run.resume")
+        print(f"\npte: interrupted{how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -86,6 +86,14 @@ def test_flags_become_settings_and_the_default_is_this_machine_alone() -> None:
     assert settings.limits == limits(slots=3, max_queue=5, prompt=1024, new=4096, top=20)
 
 
+def test_every_command_of_the_server_s_page_parses() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ +pte serve (.*)$", page, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert isinstance(parse("serve", line.split()), ServeArguments)
+
+
 def test_the_key_comes_from_the_flag_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PTE_API_KEY", " from the environment ")
     assert ServeSettings(**vars(ServeArguments(api_key="flag"))).key == "flag"

@@ -194,9 +194,16 @@ def test_64_streams_at_once_are_all_right_and_take_no_more_memory(served: Served
     assert not served.house.calls
 
 
-def test_the_cache_has_the_bytes_that_the_formula_says(served: Served) -> None:
+def test_a_server_takes_the_bytes_that_the_formula_says(served: Served) -> None:
     # 3 models x 8 slots x (48 prompt + 8 window) tokens x (K and V x 3 layers x 2 heads x 32 numbers x 4 bytes).
     assert served.house.worker.cache_bytes == 3 * 8 * (48 + 8) * (2 * 3 * 2 * 32 * 4)
+    # A state and what is read of it: 8 slots x 3 layers x rank^2 float32. The record: 65 columns of tokens, log-probs,
+    # random numbers, and 5 likely tokens with their log-probs.
+    for name, rank in (("one", 3), ("two", 4)):
+        buffers = served.house.worker.lanes[name].engine.buffers
+        assert buffers.states.nbytes + buffers.reads.nbytes == 2 * 8 * 3 * rank**2 * 4
+        record = (buffers.tokens, buffers.logprobs, buffers.uniforms, buffers.top_ids, buffers.top_logprobs)
+        assert sum(one.nbytes for one in record) == 8 * 65 * (16 + 12 * 5)
     status, health, _ = served.ask("GET", "/health")
     assert (status, health["status"], health["cache_bytes"]) == (200, "ok", served.house.worker.cache_bytes)
     assert health["models"]["two"] == {"running": 0, "waiting": 0}
