@@ -41,7 +41,7 @@ examples:
   pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte
   pte eval --cache.policy none --eval.problems 128
   pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
-  pte serve math=runs/embedded/pte --model embedded --max-prompt-tokens 256 --max-new-tokens 256
+  pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512
   pte evidence --preset quick
   pte report runs/embedded --output report.html
   pte bench --preset cpu
@@ -55,8 +55,7 @@ EXAMPLES = {
     "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
-    "serve": "pte serve --model embedded --window-tokens 8 --evict-tokens 2 --max-prompt-tokens 256 "
-    "--max-new-tokens 256\n  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
+    "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
     "--device cuda --dtype bfloat16 --slots 64",
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
     "evidence": "pte evidence --preset quick\n  pte evidence --preset full --minutes 25\n"
@@ -116,8 +115,9 @@ class GenerateArguments:
 class ServeArguments:
     """An OpenAI-compatible server: /v1/completions, /v1/chat/completions, /v1/models, /health.
 
-    Several adapters of one base and the base alone are models, each with its own slots under the same window. All
-    memory is taken at the start and never grows: a full house queues, and past the queue answers 503.
+    Several adapters of one base and the base alone are models, each with its own slots under the same window: give the
+    one that the adapters were trained under. All memory is taken at the start and never grows: a full house queues, and
+    past the queue answers 503.
     """
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]ADAPTER...")] = ()

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from pte.serve.answers import Answer, event
 from pte.serve.body import CompletionRequest, parse_json, read_chat, read_completion
 from pte.serve.errors import ApiError, json_response
+from pte.serve.fields import SHOWN_CHARACTERS
 from pte.serve.house import Call, House
 from pte.serve.prompts import PromptEncoder
 
@@ -167,7 +168,7 @@ def check_served(models: ServedModels, name: str) -> None:
     """Refuses the name of a model that is not served."""
     if name not in models.policies:
         raise ApiError(
-            f"the model {name!r} does not exist here; use one of {', '.join(models.policies)}",
+            f"the model {name[:SHOWN_CHARACTERS]!r} does not exist here; use one of {', '.join(models.policies)}",
             status=404,
             param="model",
             code="model_not_found",

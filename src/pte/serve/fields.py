@@ -125,8 +125,8 @@ class Fields:
                 close = difflib.get_close_matches(name, self.known, n=1)
                 remedy = f"did you mean {close[0]}?" if close else "leave it out"
                 raise ApiError(
-                    f"unrecognized request argument: {self.called(name)}; {remedy}",
-                    param=self.called(name),
+                    f"unrecognized request argument: {self.called(name[:SHOWN_CHARACTERS])}; {remedy}",
+                    param=self.called(name[:SHOWN_CHARACTERS]),
                     code="unknown_parameter",
                 )
 
