@@ -293,6 +293,7 @@ MALFORMED = [
     ("POST", "/v1/completions", {"prompt": "A3"}, 400, None),
     ("POST", "/v1/completions", {"model": "three", "prompt": "A3"}, 404, "model_not_found"),
     ("POST", "/v1/completions", {"model": "\ud800", "prompt": "A3"}, 404, "model_not_found"),
+    ("POST", "/v1/completions", {"model": "one", "prompt": "A3", "\ud800": 1}, 400, "unknown_parameter"),
     ("POST", "/v1/completions", {"model": "one", "prompt": "A3", "top_p": 0.5}, 400, "unsupported_parameter"),
     ("POST", "/v1/completions", {"model": "one", "prompt": [5] * 49}, 400, "context_length_exceeded"),
     ("POST", "/v1/completions", b" " * (2**24 + 1), 413, None),
