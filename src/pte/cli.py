@@ -1,4 +1,4 @@
-"""The command `pte`: train, distill, eval, generate, compare, evidence, report, bench.
+"""The command `pte`: train, distill, eval, generate, serve, compare, evidence, report, bench.
 
 Decides: how an experiment file, a saved adapter's options and the user's flags become one configuration (in this
 order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pte.config import ExperimentConfig
+from pte.config import CacheConfig, ExperimentConfig
 
 Flattened = Annotated[ExperimentConfig, tyro.conf.arg(name="")]
 
@@ -28,6 +28,7 @@ commands:
   distill   the warm start alone
   eval      accuracy, length, evictions and cache bytes of a policy on problem sets
   generate  completions of prompts under a bounded cache
+  serve     an OpenAI-compatible server: several adapters of one base, memory fixed at the start
   compare   the main job: base, LoRA and PTE arms from one experiment file, a table and a figure
   evidence  what the method is worth: tasks, arms, controls and open questions, measured and reported
   report    one HTML page, figures and tables from the files of any runs
@@ -40,6 +41,7 @@ examples:
   pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte
   pte eval --cache.policy none --eval.problems 128
   pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
+  pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512
   pte evidence --preset quick
   pte report runs/embedded --output report.html
   pte bench --preset cpu
@@ -53,6 +55,8 @@ EXAMPLES = {
     "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
+    "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
+    "--device cuda --dtype bfloat16 --slots 64",
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
     "evidence": "pte evidence --preset quick\n  pte evidence --preset full --minutes 25\n"
     "  pte evidence --preset full --only ablation --workers 1",
@@ -107,6 +111,46 @@ class GenerateArguments:
     """Problems to complete; one argument each."""
     problems: str | None = None
     """JSONL file of problems to complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeArguments:
+    """An OpenAI-compatible server: /v1/completions, /v1/chat/completions, /v1/models, /health.
+
+    Several adapters of one base and the base alone are models, each with its own slots under the same window: give the
+    one that the adapters were trained under. All memory is taken at the start and never grows: a full house queues, and
+    past the queue answers 503.
+    """
+
+    adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]ADAPTER...")] = ()
+    """Saved adapters or runs; requests name them by NAME, or by the last part of the path."""
+    model: str = "embedded"
+    """Directory or hub name of the base, and its name in requests; `embedded` is the tiny reasoner shipped with pte."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is reached from this machine alone, 0.0.0.0 from everywhere."""
+    port: int = 8000
+    """Port to listen at; 0 for any free one."""
+    slots: int = 16
+    """Sequences of each model that run at once."""
+    max_queue: int = 64
+    """Sequences of each model that may wait for a slot."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt; a slot has room for it and for the window."""
+    max_new_tokens: int = 4096
+    """Longest completion."""
+    top_logprobs: int = 20
+    """Likeliest tokens a request may ask for beside each token; 0 records none and saves their cost."""
+    api_key: str | None = None
+    """What clients must send as their key; unset for the environment's PTE_API_KEY, or none."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base's weights, keys and values."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, `cuda:1` or `mps`."""
+    trust_remote_code: bool = False
+    """Run code that the checkpoint brings along."""
+    allow_beyond_trained_positions: bool = False
+    """Allow prompt plus completion to exceed the positions that the base was trained on."""
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CacheConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +211,7 @@ ARGUMENTS = {
     "distill": TrainArguments,
     "eval": EvalArguments,
     "generate": GenerateArguments,
+    "serve": ServeArguments,
     "compare": CompareArguments,
     "evidence": EvidenceArguments,
     "report": ReportArguments,
@@ -194,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         commands.run(command, parsed)
     except KeyboardInterrupt:
-        how = "the same command goes on" if command == "evidence" else "a run goes on with --run.resume"
-        print(f"\npte: interrupted; {how}", file=sys.stderr)
+        how = {"evidence": "; the same command goes on", "serve": ""}.get(command, "; a run goes on with --run.resume")
+        print(f"\npte: interrupted{how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -215,7 +260,7 @@ def parse(command: str, words: Sequence[str]) -> object:
     """
     kind = ARGUMENTS[command]
     words = list(words)
-    if kind not in (BenchArguments, EvidenceArguments, ReportArguments):
+    if kind not in (BenchArguments, EvidenceArguments, ReportArguments, ServeArguments):
         from pte.config_file import flags_from_file, refuse_flags
 
         refuse_flags(words)

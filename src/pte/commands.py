@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         EvidenceArguments,
         GenerateArguments,
         ReportArguments,
+        ServeArguments,
         TrainArguments,
     )
     from pte.config import ExperimentConfig
@@ -65,6 +67,7 @@ def run(command: str, arguments: object) -> None:
         "distill": distill_command,
         "eval": eval_command,
         "generate": generate_command,
+        "serve": serve_command,
         "compare": compare_command,
         "evidence": evidence_command,
         "report": report_command,
@@ -303,6 +306,16 @@ def generate_command(arguments: GenerateArguments, console: Console) -> None:
             f"{len(rollout.completion_ids)} tokens, {rollout.evictions} evictions, ended by {rollout.finish_reason}",
             style="dim",
         )
+
+
+def serve_command(arguments: ServeArguments, console: Console) -> None:
+    """The server, until it is interrupted."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"pte serve needs {' and '.join(missing)}, which this environment lacks; install pte[serve]")
+    from pte.serve.command import ServeSettings, serve
+
+    serve(ServeSettings(**vars(arguments)), console)
 
 
 def compare_command(arguments: CompareArguments, console: Console) -> None:

@@ -31,6 +31,7 @@ from pte.tasks.task import Task, generated_task, jsonl_task
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from pte.config import CacheConfig, ExperimentConfig
     from pte.method.eviction.policy import EvictionPolicy
@@ -68,9 +69,7 @@ class Session:
 
     def base_fingerprint(self) -> str:
         """Of the base's configuration and its embedding."""
-        base = self.policy.base
-        weight = base.get_parameter("model.embed_tokens.weight")
-        return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
+        return base_fingerprint(self.policy.base)
 
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor], metadata: AdapterMetadata) -> None:
         """Fills the adapter from saved tensors.
@@ -87,6 +86,12 @@ class Session:
             options=adapter.options(),
         )
         adapter.load_state_dict(dict(tensors))
+
+
+def base_fingerprint(base: PreTrainedModel) -> str:
+    """Fingerprint of a base's configuration and its embedding."""
+    weight = base.get_parameter("model.embed_tokens.weight")
+    return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
 
 
 def open_session(config: ExperimentConfig) -> Session:

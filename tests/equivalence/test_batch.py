@@ -23,9 +23,10 @@ class CountingEngine(RolloutEngine):
         super().__init__(*arguments, **options)
         self.read_prompts: list[tuple[int, ...]] = []
         self.rows_per_step: list[int] = []
+        self.rollouts: list[Rollout] = []
 
-    def start(self, rows: int, requests: list[RolloutRequest]) -> None:
-        super().start(rows, requests)
+    def open(self, **options: object) -> None:
+        super().open(**options)
         read_batch = self.reader.read_batch
 
         def counted(prompts: list[tuple[int, ...]]) -> None:
@@ -38,9 +39,9 @@ class CountingEngine(RolloutEngine):
         self.rows_per_step.append(self.buffers.cache.batch)
         super().step()
 
-    def release(self) -> None:
-        assert not self.reader.prefilled
-        super().release()
+    def close(self) -> None:
+        assert not self.reader.prefilled and not self.reader.waiting
+        super().close()
 
 
 def assert_same(ours: list[Rollout], theirs: list[Rollout]) -> None:
@@ -154,7 +155,7 @@ def test_gradients_of_a_batch_are_the_sum_of_its_singles(mode: str, setting: str
 
 def counted(policy: BoundedPolicy, requests: list[RolloutRequest], **options: object) -> CountingEngine:
     engine = CountingEngine(policy, temperature=1.0, max_new_tokens=20, **options)
-    engine.run(requests)
+    engine.rollouts = engine.run(requests)
     return engine
 
 
@@ -171,7 +172,7 @@ def test_finished_rows_stop_costing() -> None:
     policy = tiny_policy("qwen2")
     requests = requests_for(PROMPTS + PROMPTS)
     engine = counted(policy, requests, slots=8, stop_token_ids=tuple(range(3, 8)))
-    tokens = [len(rollout.completion_ids) for rollout in engine.results.values()]
+    tokens = [len(rollout.completion_ids) for rollout in engine.rollouts]
     assert len(set(tokens)) > 3
     # Rows shrink once no prompt waits; while prompts wait, every slot is refilled at once.
     assert engine.rows_per_step == sorted(engine.rows_per_step, reverse=True)

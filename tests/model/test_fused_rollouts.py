@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kernel_cases import DEVICE
 from pte.model.decode import DecodeStep
 from pte.model.fused import FusedDecodeStep
 from pte.model.fused_support import unsupported
+from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout
 from sampled import gap, requests_for
@@ -49,11 +52,40 @@ def test_fused_rollouts_are_the_eager_ones(kind: str | None, monkeypatch: pytest
     assert gap(policy, fused) <= 1e-5
 
 
-def test_two_runs_on_one_base_take_turns_with_its_spare_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pte.rollout.token_step.fused_refusal", unsupported)
+def test_engines_of_two_adapters_take_turns_on_one_base(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base("qwen2", dtype=torch.float32, hidden_size=64, intermediate_size=48).to(DEVICE)
-    policy = tiny_policy(base=base, dtype=torch.float32, window=4, block=2, up_std=0.1)
-    first = rollouts(policy, FusedDecodeStep)
-    rollouts(policy.without_adapter(), FusedDecodeStep)
-    again = rollouts(policy, FusedDecodeStep)
-    assert [one.completion_ids for one in again] == [one.completion_ids for one in first]
+    policies = []
+    for seed in (0, 1):
+        policies.append(tiny_policy(base=base, dtype=torch.float32, window=4, block=2, up_std=0.1, seed=seed))
+        detach_adapter(base)
+    monkeypatch.setattr("pte.rollout.token_step.fused_refusal", unsupported)
+    requests = requests_for(PROMPTS[:2], first_seed=31)
+
+    def opened(policy: BoundedPolicy, found: dict[int, tuple[int, ...]]) -> RolloutEngine:
+        engine = RolloutEngine(policy, slots=2, max_new_tokens=9, temperature=1.0, stop_token_ids=())
+        engine.open(
+            rows=2, prompt_slots=3, on_finish=lambda order, rollout: found.update({order: rollout.completion_ids})
+        )
+        for request in requests:
+            engine.submit(request)
+        with_adapter(policy, engine.refill)
+        return engine
+
+    def with_adapter(policy: BoundedPolicy, work: Callable[[], None]) -> None:
+        attach_adapter(base, policy.adapter)
+        work()
+        detach_adapter(base)
+
+    alone: list[dict[int, tuple[int, ...]]] = [{}, {}]
+    for policy, found in zip(policies, alone, strict=True):
+        engine = opened(policy, found)
+        while engine.busy:
+            with_adapter(policy, engine.step)
+    in_turns: list[dict[int, tuple[int, ...]]] = [{}, {}]
+    engines = [opened(policy, found) for policy, found in zip(policies, in_turns, strict=True)]
+    while any(engine.busy for engine in engines):
+        for policy, engine in zip(policies, engines, strict=True):
+            if engine.busy:
+                with_adapter(policy, engine.step)
+    assert alone[0] != alone[1]
+    assert in_turns == alone

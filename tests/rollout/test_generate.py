@@ -8,6 +8,7 @@ from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.model.policy import BoundedPolicy
+from pte.rollout.evict import evict_rows
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
 from sampled import SETTINGS, replayed_windows, requests_for, sample
@@ -237,16 +238,15 @@ def test_evicting_a_few_rows_at_a_time_changes_no_rollout(setting: str, monkeypa
     policy = tiny_policy(**SETTINGS[setting])
     together = sample(policy, requests_for(PROMPTS), slots=4)
     folded: list[int] = []
-    evict = RolloutEngine.evict
 
-    def watched(self: RolloutEngine, due: list[object], *, evict_tokens: int) -> None:
+    def watched(policy: BoundedPolicy, buffers: object, due: list[object], *, evict_tokens: int) -> None:
         folded.append(len(due))
-        evict(self, due, evict_tokens=evict_tokens)
+        evict_rows(policy, buffers, due, evict_tokens=evict_tokens)
 
-    monkeypatch.setattr(RolloutEngine, "evict", watched)
+    monkeypatch.setattr("pte.rollout.evict.evict_rows", watched)
     shape = policy.cache_shape
     numbers = 3 * shape.layers * policy.schedule.evict_tokens * shape.kv_dim
-    monkeypatch.setattr("pte.rollout.generate.EVICTED_NUMBERS", numbers)
+    monkeypatch.setattr("pte.rollout.evict.EVICTED_NUMBERS", numbers)
     parts = sample(policy, requests_for(PROMPTS), slots=4)
     assert set(folded) == {3, 1}
     for mine, theirs in zip(parts, together, strict=True):

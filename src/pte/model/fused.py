@@ -61,6 +61,7 @@ class FusedDecodeStep:
         ]
         # Says whose B lies in the spare rows. The step itself would be kept alive by the base.
         self.mark = object()
+        self.weights: AdapterWeights | None = None
         if weights is not None:
             self.load_adapter(weights)
 
@@ -70,11 +71,17 @@ class FusedDecodeStep:
         Args:
             weights: `adapter_weights(policy)`.
         """
+        self.weights = weights
         for layer, groups in zip(self.layers, weights, strict=True):
             for product, group in zip(layer.products, groups, strict=True):
                 if group is not None:
                     product.load(group)
         self.fused.owner = self.mark
+
+    def claim(self) -> None:
+        """Loads the adapter again where another step of the same base has loaded its own since; graphs cannot notice."""
+        if self.weights is not None and self.fused.owner is not self.mark:
+            self.load_adapter(self.weights)
 
     def __call__(
         self,
@@ -99,8 +106,7 @@ class FusedDecodeStep:
         """
         if self.adapted and self.fused.owner is not self.mark:
             raise RuntimeError(
-                "a base holds the B of one fused step at a time, and another step has loaded its own since; call "
-                "load_adapter"
+                "a base holds the B of one fused step at a time, and another step has loaded its own since; call claim"
             )
         hidden = self.embed_tokens(token_ids)
         normed = self.first_norm(hidden)

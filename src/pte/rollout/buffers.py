@@ -43,6 +43,9 @@ class DecodeBuffers:
         stream_seeds: Where the stream comes from; policies that evict at random take it too.
         states: Running states, or None without a state.
         reads: What the adapters read of them, or None.
+        temperatures: Of each row; None where all share the engine's.
+        top_ids: Likeliest tokens in the place of each token, the likeliest first; None where they are not recorded.
+        top_logprobs: Their log-probs.
     """
 
     cache: BoundedCache
@@ -56,6 +59,9 @@ class DecodeBuffers:
     stream_seeds: Int[Tensor, " rows"]
     states: Float[Tensor, "layers rows rank rank"] | None
     reads: Float[Tensor, "layers rows rank rank"] | None
+    temperatures: Float[Tensor, " rows"] | None = None
+    top_ids: Int[Tensor, "rows columns top"] | None = None
+    top_logprobs: Float[Tensor, "rows columns top"] | None = None
 
     @classmethod
     def allocate(
@@ -110,6 +116,21 @@ class DecodeBuffers:
         """Sequences at once."""
         return self.current.shape[0]
 
+    @property
+    def last_column(self) -> int:
+        """The spare one."""
+        return self.tokens.shape[1] - 1
+
+    def track_temperatures(self) -> None:
+        """Gives every row a temperature of its own."""
+        self.temperatures = torch.ones(self.rows, dtype=self.logprobs.dtype, device=self.tokens.device)
+
+    def track_top(self, count: int) -> None:
+        """Starts to record the likeliest tokens in the place of every token."""
+        size = (*self.tokens.shape, count)
+        self.top_ids = torch.zeros(size, dtype=torch.int64, device=self.tokens.device)
+        self.top_logprobs = torch.zeros(size, dtype=self.logprobs.dtype, device=self.tokens.device)
+
     def admit(
         self,
         rows: Int[Tensor, " admitted"],
@@ -117,7 +138,7 @@ class DecodeBuffers:
         *,
         uniforms: Float[Tensor, "admitted completion"],
         stream_seeds: Int[Tensor, " admitted"],
-        greedy: bool,
+        greedy: bool | Bool[Tensor, " admitted"],
     ) -> None:
         """Draws the first token of sequences whose prompts have just been put into rows.
 
@@ -126,7 +147,7 @@ class DecodeBuffers:
             logprobs: Of the token after their prompts.
             uniforms: Their random streams.
             stream_seeds: Where these come from.
-            greedy: Take the likeliest.
+            greedy: Take the likeliest, in all of them or in each.
         """
         self.uniforms[rows, :-1] = uniforms
         self.stream_seeds[rows] = stream_seeds
@@ -136,15 +157,17 @@ class DecodeBuffers:
         self.tokens[rows, 0] = drawn
         self.logprobs[rows, 0] = logprobs.gather(1, drawn[:, None])[:, 0]
         self.stopped_at[rows] = self.is_stop(drawn).long() - 1
+        if self.top_ids is not None and self.top_logprobs is not None:
+            self.top_logprobs[rows, 0], self.top_ids[rows, 0] = logprobs.topk(self.top_ids.shape[2])
 
-    def record(self, logprobs: Float[Tensor, "rows vocab"], *, greedy: bool) -> None:
+    def record(self, logprobs: Float[Tensor, "rows vocab"], *, greedy: bool | Bool[Tensor, " rows"]) -> None:
         """Draws and records the token after the one that has just entered, in place.
 
         Args:
             logprobs: Of the next token.
-            greedy: Take the likeliest.
+            greedy: Take the likeliest, in all rows or in each.
         """
-        self.entered.add_(1).clamp_(max=self.tokens.shape[1] - 1)
+        self.entered.add_(1).clamp_(max=self.last_column)
         column = self.entered[:, None]
         drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)
         self.current.copy_(drawn)
@@ -153,6 +176,11 @@ class DecodeBuffers:
         if self.stops.shape[0]:
             stops_here = self.is_stop(drawn) & (self.stopped_at < 0)
             self.stopped_at.copy_(torch.where(stops_here, self.entered, self.stopped_at))
+        if self.top_ids is not None and self.top_logprobs is not None:
+            likeliest = logprobs.topk(self.top_ids.shape[2])
+            places = column[:, :, None].expand(-1, 1, self.top_ids.shape[2])
+            self.top_ids.scatter_(1, places, likeliest.indices[:, None])
+            self.top_logprobs.scatter_(1, places, likeliest.values[:, None])
 
     def is_stop(self, drawn: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
         """True where a drawn token ends its completion."""

@@ -2,6 +2,7 @@
 
 Decides: the order of work (`step`: evict and fold where due, then tokens until the host has to look again), prefilling
 a group's prompt once, refilling finished slots, and dropping idle rows once no prompt is left. The cache never grows.
+`run` completes given requests; between `open` and `close`, requests come and go while others run.
 The schedule is a function of indices that the host counts by itself; what it cannot know is which rows have stopped,
 so it looks before every eviction and, on CUDA, at least every `LOOK_EVERY_TOKENS` tokens.
 Does not know: rewards, gradients, text, how a token is computed (`token_step`).
@@ -14,49 +15,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from pte.method.eviction.policy import kept_tokens
 from pte.model.load import check_positions
-from pte.model.segment import adapter_weights, first_state, fold
+from pte.model.segment import adapter_weights, first_state
 from pte.rollout.buffers import DecodeBuffers
+from pte.rollout.evict import evict_where_due
 from pte.rollout.prefill import PromptReader
-from pte.rollout.record import Rollout, RolloutRequest
-from pte.rollout.sampling import stream_uniforms
+from pte.rollout.record import Rollout, RolloutRequest, check_fits
+from pte.rollout.sampling import stream_uniforms, token_logprobs
+from pte.rollout.sequences import NewTokens, RunningSequence, SeenRow, new_tokens, whole_rollouts
 from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
     from torch import Tensor
 
     from pte.model.policy import BoundedPolicy
 
 LOOK_EVERY_TOKENS = 8
-EVICTED_NUMBERS = 2**26
-"""Keys that one fold takes at most, over layers, rows and tokens: they and what is made of them need about 1 GB."""
 COMPACT_BELOW_FRACTION = {"cpu": 0.75, "cuda": 0.5}
 """On CUDA a new size costs a new graph, and a step of half the rows more than half the time."""
-
-
-@dataclass
-class RunningSequence:
-    """Host-side account of the sequence in one row.
-
-    Args:
-        order: Of its request.
-        request: What it completes.
-        entering: Reasoning index of the token that enters next, if it still runs.
-        evicted: Reasoning indices that left at each eviction, where they are recorded.
-    """
-
-    order: int
-    request: RolloutRequest
-    entering: int = 0
-    evicted: list[Tensor] = field(default_factory=list)
 
 
 class RolloutEngine:
@@ -118,7 +99,8 @@ class RolloutEngine:
             on_finish: Called with each rollout as it ends, for progress.
 
         Raises:
-            ValueError: A prompt plus max_new_tokens exceeds the trained positions, or one request is to be shuffled.
+            ValueError: A prompt plus max_new_tokens exceeds the trained positions, one request is to be shuffled, or a
+                request asks for more tokens than max_new_tokens.
         """
         if not requests:
             return []
@@ -126,38 +108,66 @@ class RolloutEngine:
             raise ValueError(
                 f"state_control 'shuffled' needs 2 sequences or more, got {len(requests)}; give more prompts"
             )
-        longest = max(len(request.prompt_ids) for request in requests)
-        check_positions(
-            self.policy.base.config,
-            prompt_tokens=longest,
-            completion_tokens=self.max_new_tokens,
-            allow_beyond_trained_positions=self.allow_beyond_trained_positions,
+        results: dict[int, Rollout] = {}
+
+        def keep(order: int, rollout: Rollout) -> None:
+            results[order] = rollout
+            if on_finish is not None:
+                on_finish(rollout)
+
+        self.open(
+            rows=min(self.slots, len(requests)),
+            prompt_slots=max(len(request.prompt_ids) for request in requests),
+            on_finish=keep,
+            own_temperatures=any(request.temperature is not None for request in requests),
         )
-        self.start(min(self.slots, len(requests)), requests)
-        self.on_finish = on_finish
         try:
+            for request in requests:
+                self.submit(request)
             self.refill()
-            while any(sequence is not None for sequence in self.running):
+            while self.busy:
                 self.step()
                 self.refill()
                 self.compact()
-            return [self.results[order] for order in range(len(requests))]
+            return [results[order] for order in range(len(requests))]
         finally:
-            self.release()
+            self.close()
 
-    def release(self) -> None:
-        """Frees what `start` allocated, so that nothing of a rollout is held while an update runs."""
-        for name in ("buffers", "first", "reader", "decode", "token_step"):
-            delattr(self, name)
+    @torch.no_grad()
+    def open(
+        self,
+        *,
+        rows: int,
+        prompt_slots: int,
+        on_finish: Callable[[int, Rollout], None],
+        on_tokens: Callable[[NewTokens], None] | None = None,
+        top_logprobs: int = 0,
+        own_temperatures: bool = False,
+    ) -> None:
+        """Allocates the slots and what every step needs; then requests can be submitted.
 
-    def start(self, rows: int, requests: Sequence[RolloutRequest]) -> None:
-        """Allocates the slots and what every step needs."""
+        Args:
+            rows: Sequences at once.
+            prompt_slots: Longest prompt.
+            on_finish: Called with a request's order and its rollout when it ends.
+            on_tokens: Called with new tokens as the host sees them, before `on_finish`; it may cancel requests.
+            top_logprobs: Likeliest tokens that are recorded in the place of every token.
+            own_temperatures: Whether requests have temperatures of their own.
+
+        Raises:
+            ValueError: The longest prompt plus max_new_tokens exceeds the trained positions.
+        """
         policy = self.policy
-        prompts = [request.prompt_ids for request in requests]
-        prompt_slots = max(map(len, prompts))
+        check_positions(
+            policy.base.config,
+            prompt_tokens=prompt_slots,
+            completion_tokens=self.max_new_tokens,
+            allow_beyond_trained_positions=self.allow_beyond_trained_positions,
+        )
         weights = adapter_weights(policy)
-        self.queue = deque(enumerate(requests))
-        self.results: dict[int, Rollout] = {}
+        self.on_finish, self.on_tokens = on_finish, on_tokens
+        self.submitted = 0
+        self.queue: deque[tuple[int, RolloutRequest]] = deque()
         self.running: list[RunningSequence | None] = [None] * rows
         self.first = first_state(policy)
         self.buffers = DecodeBuffers.allocate(
@@ -168,23 +178,62 @@ class RolloutEngine:
             stop_token_ids=self.stop_token_ids,
             first=self.first,
         )
+        if own_temperatures:
+            self.buffers.track_temperatures()
+        if top_logprobs:
+            self.buffers.track_top(top_logprobs)
         needs = policy.eviction.needs
         self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
         if self.observes and needs.attention is not None:
             self.buffers.cache.track_attention(needs.attention)
-        self.reader = PromptReader(
-            policy,
-            prompts,
-            weights=weights,
-            first=self.first,
-            state_control=self.state_control,
-            temperature=self.temperature,
-        )
+        self.reader = PromptReader(policy, weights=weights, first=self.first, state_control=self.state_control)
         self.decode = decode_forward(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
         self.make_token_step()
         self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
         states = self.buffers.states
         self.peak_state_bytes = max(self.peak_state_bytes, 0 if states is None else states.nbytes)
+
+    def close(self) -> None:
+        """Frees what `open` allocated, so that nothing of a rollout is held while an update runs."""
+        for name in ("buffers", "first", "reader", "decode", "token_step", "on_finish", "on_tokens"):
+            delattr(self, name)
+
+    def submit(self, request: RolloutRequest) -> int:
+        """The order of a request that waits for a row from now on: how many came before it.
+
+        Raises:
+            ValueError: The engine has no room for it, or it has a temperature of its own and the engine one for all.
+        """
+        check_fits(
+            request,
+            prompt_slots=self.buffers.cache.prompt_slots,
+            max_new_tokens=self.max_new_tokens,
+            own_temperatures=self.buffers.temperatures is not None,
+        )
+        order = self.submitted
+        self.submitted += 1
+        self.queue.append((order, request))
+        self.reader.expect(request.prompt_ids)
+        return order
+
+    def cancel(self, order: int) -> None:
+        """Drops a request wherever it is, and frees its row; one that has ended is left alone."""
+        for row, sequence in enumerate(self.running):
+            if sequence is not None and sequence.order == order:
+                self.running[row] = None
+        for waiting in [one for one in self.queue if one[0] == order]:
+            self.queue.remove(waiting)
+            self.reader.forget(waiting[1].prompt_ids)
+
+    @property
+    def busy(self) -> bool:
+        """True while a sequence runs, so that `step` has work."""
+        return any(sequence is not None for sequence in self.running)
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that neither a running nor a waiting request will take."""
+        return max(0, self.running.count(None) - len(self.queue))
 
     def make_token_step(self) -> None:
         """The step over the rows that there are."""
@@ -197,6 +246,7 @@ class RolloutEngine:
             observes=self.observes,
         )
 
+    @torch.no_grad()
     def refill(self) -> None:
         """Puts waiting requests into free rows until no row or no request is left."""
         while self.queue and (free := [row for row, sequence in enumerate(self.running) if sequence is None]):
@@ -214,7 +264,7 @@ class RolloutEngine:
         buffers, device = self.buffers, self.policy.device
         rows = torch.tensor([row for row, _, _ in admitted], device=device)
         requests = [request for _, _, request in admitted]
-        logprobs = []
+        logits, temperatures = [], []
         for row, order, request in admitted:
             prompt = self.reader.take(request.prompt_ids)
             buffers.cache.place_prompt(
@@ -223,121 +273,73 @@ class RolloutEngine:
                 prompt.values[:, None],
                 lengths=torch.tensor([len(request.prompt_ids)], device=device),
             )
-            logprobs.append(prompt.logprobs)
-            self.running[row] = RunningSequence(order=order, request=request)
+            logits.append(prompt.logits)
+            sequence = RunningSequence(
+                order=order,
+                request=request,
+                max_new_tokens=request.max_new_tokens or self.max_new_tokens,
+                temperature=self.temperature if request.temperature is None else request.temperature,
+            )
+            self.running[row] = sequence
+            temperatures.append(sequence.temperature)
         if self.first is not None:
             buffers.set_states(self.policy, rows, self.first[:, None].expand(-1, len(admitted), -1, -1))
+        temperature: float | Tensor = self.temperature
+        if buffers.temperatures is not None:
+            temperature = torch.tensor(temperatures, dtype=buffers.temperatures.dtype, device=device)
+            buffers.temperatures[rows] = temperature
         uniforms = [stream_uniforms(request.stream_seed, self.max_new_tokens) for request in requests]
         buffers.admit(
             rows,
-            torch.stack(logprobs),
+            token_logprobs(torch.stack(logits), temperature),
             uniforms=torch.stack(uniforms).to(device),
             stream_seeds=torch.tensor([request.stream_seed for request in requests], device=device),
-            greedy=self.temperature == 0,
+            greedy=temperature == 0,
         )
 
+    @torch.no_grad()
     def step(self) -> None:
         """Evictions that are due, then tokens for every running sequence until the host has to look again."""
-        self.evict_where_due()
+        evict_where_due(self.policy, self.buffers, self.running)
         self.decode_tokens()
         self.finish_stopped()
 
     @timed("decode")
     def decode_tokens(self) -> None:
-        """As many tokens as need no eviction and no look."""
+        """As many tokens as need no eviction and no look; none runs past its last."""
         running = [sequence for sequence in self.running if sequence is not None]
         longest = max(sequence.entering for sequence in running)
-        ends_in = self.max_new_tokens - 1 - min(sequence.entering for sequence in running)
-        tokens = min(self.look_every_tokens, ends_in)
+        tokens = min(self.look_every_tokens, *(one.max_new_tokens - 1 - one.entering for one in running))
         for sequence in running:
             due = self.policy.schedule.tokens_until_eviction(sequence.entering)
             tokens = tokens if due is None else min(tokens, due)
+        self.token_step.claim()
         for offset in range(tokens):
             self.token_step(longest=longest + offset)
         for sequence in running:
             sequence.entering += tokens
         self.decode_steps += tokens
 
-    def evict_where_due(self) -> None:
-        """Folds and evicts a block in every sequence whose next token needs the room, some rows at a time."""
-        schedule, shape = self.policy.schedule, self.policy.cache_shape
-        due = [
-            (row, sequence)
-            for row, sequence in enumerate(self.running)
-            if sequence is not None and schedule.evicts_at(sequence.entering)
-        ]
-        if due and schedule.evict_tokens is not None:
-            size = max(1, EVICTED_NUMBERS // (shape.layers * schedule.evict_tokens * shape.kv_dim))
-            for start in range(0, len(due), size):
-                self.evict(due[start : start + size], evict_tokens=schedule.evict_tokens)
-
-    def evict(self, due: Sequence[tuple[int, RunningSequence]], *, evict_tokens: int) -> None:
-        """Folds and evicts a block in each of the given rows."""
-        schedule, eviction, buffers = self.policy.schedule, self.policy.eviction, self.buffers
-        device = self.policy.device
-        rows = torch.tensor([row for row, _ in due], device=device)
-        indices = [schedule.evictions_before(sequence.entering) - 1 for _, sequence in due]
-        kept = kept_tokens(
-            buffers.cache,
-            eviction.needs,
-            rows=rows,
-            eviction_index=torch.tensor(indices, device=device),
-            stream_seeds=buffers.stream_seeds[rows],
-        )
-        evicted = buffers.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=evict_tokens))
-        if self.policy.records_evictions:
-            left = (evicted.positions - buffers.cache.prompt_lengths[rows, None]).cpu()
-            for (_, sequence), tokens in zip(due, left, strict=True):
-                sequence.evicted.append(tokens)
-        if buffers.states is not None and self.folds:
-            buffers.set_states(self.policy, rows, fold(self.policy, buffers.states[:, rows], evicted))
-
-    @property
-    def folds(self) -> bool:
-        """True when evictions change the state."""
-        return self.policy.adapter is not None and self.policy.adapter.folds
-
     def finish_stopped(self) -> None:
-        """Looks which rows have stopped, hands their rollouts over, and frees them."""
-        buffers = self.buffers
-        stops = buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
-        stopped = [
-            (row, sequence, (sequence.entering if stop < 0 else stop) + 1)
-            for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True))
-            if sequence is not None and (stop >= 0 or sequence.entering + 1 == self.max_new_tokens)
-        ]
-        if not stopped:
+        """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""
+        stops = self.buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
+        seen = []
+        for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True)):
+            if sequence is not None:
+                drawn = (sequence.entering if stop < 0 else stop) + 1
+                ended = stop >= 0 or drawn == sequence.max_new_tokens
+                if ended or self.on_tokens is not None:
+                    seen.append(SeenRow(row, sequence, drawn, ended))
+        if self.on_tokens is not None:
+            for tokens in new_tokens(self.buffers, seen):
+                self.on_tokens(tokens)
+        whole = [one for one in seen if one.ended and self.running[one.row] is one.sequence]
+        if not whole:
             return
-        rows = torch.tensor([row for row, _, _ in stopped], device=self.policy.device)
-        longest = max(count for _, _, count in stopped)
-        tokens, logprobs = buffers.tokens[rows, :longest].tolist(), buffers.logprobs[rows, :longest].cpu()
-        states = buffers.states
-        norms = [0.0] * len(stopped) if states is None else states[:, rows].float().norm(dim=(2, 3)).mean(0).tolist()
-        for place, (row, sequence, count) in enumerate(stopped):
-            completion = tuple(tokens[place][:count])
-            rollout = Rollout(
-                prompt_ids=sequence.request.prompt_ids,
-                completion_ids=completion,
-                rollout_logprobs=logprobs[place, :count].clone(),
-                finish_reason="stop" if completion[-1] in self.stop_token_ids else "length",
-                stream_seed=sequence.request.stream_seed,
-                temperature=self.temperature,
-                evictions=self.policy.schedule.num_evictions(count),
-                state_norm=norms[place],
-                evicted_tokens=self.recorded(sequence),
-            )
-            self.results[sequence.order] = rollout
-            self.running[row] = None
-            if self.on_finish is not None:
-                self.on_finish(rollout)
-
-    def recorded(self, sequence: RunningSequence) -> Int[Tensor, "evictions evicted"] | None:
-        """What left a sequence at each of its evictions, where the replay cannot know it."""
-        if not self.policy.records_evictions:
-            return None
-        if sequence.evicted:
-            return torch.stack(sequence.evicted)
-        return torch.zeros(0, self.policy.schedule.evict_tokens or 0, dtype=torch.int64)
+        rollouts = whole_rollouts(self.policy, self.buffers, whole, stop_token_ids=self.stop_token_ids)
+        for one, rollout in zip(whole, rollouts, strict=True):
+            self.running[one.row] = None
+            self.on_finish(one.sequence.order, rollout)
 
     def compact(self) -> None:
         """Drops idle rows once no request waits, so that finished sequences stop costing."""

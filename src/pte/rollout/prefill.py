@@ -18,7 +18,6 @@ import torch
 from pte.method.attention import StretchAttention
 from pte.model.segment import read_state, run_layers
 from pte.rollout.record import right_pad
-from pte.rollout.sampling import token_logprobs
 from pte.rollout.token_step import StateControl, controlled
 from pte.timing import timed
 
@@ -38,38 +37,44 @@ class Prefilled:
 
     keys: Float[Tensor, "layers kv_heads tokens head_dim"]
     values: Float[Tensor, "layers kv_heads tokens head_dim"]
-    logprobs: Float[Tensor, " vocab"]
+    logits: Float[Tensor, " vocab"]
 
 
 class PromptReader:
-    """Keys, values and next-token log-probs of prompts under the first state.
+    """Keys, values and next-token logits of prompts under the first state.
 
     Args:
         policy: The bounded policy.
-        prompts: All that will be taken, one for each sequence.
         weights: `adapter_weights(policy)`.
         first: The state before any eviction, or None.
         state_control: As the engine's.
-        temperature: As the engine's.
     """
 
     def __init__(
         self,
         policy: BoundedPolicy,
-        prompts: Sequence[tuple[int, ...]],
         *,
         weights: AdapterWeights | None,
         first: Float[Tensor, "layers rank rank"] | None,
         state_control: StateControl,
-        temperature: float,
     ) -> None:
         self.policy = policy
-        self.waiting = Counter(prompts)
+        self.waiting: Counter[tuple[int, ...]] = Counter()
         self.weights = weights
         self.first = first
         self.state_control: StateControl = state_control
-        self.temperature = temperature
         self.prefilled: dict[tuple[int, ...], Prefilled] = {}
+
+    def expect(self, prompt: tuple[int, ...]) -> None:
+        """Notes that a sequence will take this prompt."""
+        self.waiting[prompt] += 1
+
+    def forget(self, prompt: tuple[int, ...]) -> None:
+        """Notes that a sequence takes it no more; what was read goes with the last one that waits for it."""
+        self.waiting[prompt] -= 1
+        if not self.waiting[prompt]:
+            del self.waiting[prompt]
+            self.prefilled.pop(prompt, None)
 
     def read(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Reads prompts that have not been read yet, a bounded number of tokens at a time."""
@@ -80,11 +85,9 @@ class PromptReader:
             unread = unread[count:]
 
     def take(self, prompt: tuple[int, ...]) -> Prefilled:
-        """What was read of a prompt, for one sequence; freed with the last one that waits for it."""
+        """What was read of a prompt, for one sequence."""
         found = self.prefilled[prompt]
-        self.waiting[prompt] -= 1
-        if not self.waiting[prompt]:
-            del self.prefilled[prompt]
+        self.forget(prompt)
         return found
 
     @timed("prefill")
@@ -102,12 +105,12 @@ class PromptReader:
             policy, tokens, positions=positions, attention=attention, states=reads, weights=self.weights
         )
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(last), self.temperature)
+        logits = policy.base.get_output_embeddings()(last)
         layers = range(len(attention.new_keys))
         keys = torch.stack([attention.new_keys[layer] for layer in layers])
         values = torch.stack([attention.new_values[layer] for layer in layers])
         for index, prompt in enumerate(prompts):
             end = len(prompt)
             self.prefilled[prompt] = Prefilled(
-                keys=keys[:, index, :, :end], values=values[:, index, :, :end], logprobs=logprobs[index]
+                keys=keys[:, index, :, :end], values=values[:, index, :, :end], logits=logits[index]
             )

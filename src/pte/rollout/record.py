@@ -26,14 +26,53 @@ class RolloutRequest:
     Args:
         prompt_ids: Token ids, at least one.
         stream_seed: Seed of the sequence's own random stream.
+        max_new_tokens: Completion tokens at most; None for as many as the engine has room for.
+        temperature: Above 0, or 0 for greedy decoding; None for the engine's.
+
+    Raises:
+        ValueError: The prompt is empty, max_new_tokens is below 1, or the temperature is negative.
     """
 
     prompt_ids: tuple[int, ...]
     stream_seed: int
+    max_new_tokens: int | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError("a prompt must have at least 1 token, got none; check the problem and its template")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}; use for example 64")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}; use for example 1.0")
+
+
+def check_fits(request: RolloutRequest, *, prompt_slots: int, max_new_tokens: int, own_temperatures: bool) -> None:
+    """Refuses a request that an engine has no room for.
+
+    Args:
+        request: A prompt to complete.
+        prompt_slots: Longest prompt of the engine.
+        max_new_tokens: Longest completion of the engine.
+        own_temperatures: Whether the engine takes requests with temperatures of their own.
+
+    Raises:
+        ValueError: Prompt or completion are too long, or the temperature is not the request's to choose.
+    """
+    if len(request.prompt_ids) > prompt_slots:
+        raise ValueError(
+            f"a prompt must have at most {prompt_slots} tokens, got {len(request.prompt_ids)}; shorten it or open the "
+            f"engine with more prompt_slots"
+        )
+    if request.max_new_tokens is not None and request.max_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens must be at most the engine's ({max_new_tokens}), got {request.max_new_tokens}; lower it "
+            f"or make an engine with more"
+        )
+    if request.temperature is not None and not own_temperatures:
+        raise ValueError(
+            f"temperature must be left to the engine, got {request.temperature}; open it with own_temperatures"
+        )
 
 
 @dataclass(frozen=True)

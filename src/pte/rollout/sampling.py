@@ -13,31 +13,39 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
 
-def token_logprobs(logits: Float[Tensor, "*rows vocab"], temperature: float) -> Float[Tensor, "*rows vocab"]:
+def token_logprobs(
+    logits: Float[Tensor, "*rows vocab"], temperature: int | float | Float[Tensor, "*rows"]
+) -> Float[Tensor, "*rows vocab"]:
     """log softmax(logits / temperature), in float32 or wider.
 
     Args:
         logits: Of the language-model head.
-        temperature: Above 0; or 0, which stands for greedy decoding, whose log-probs are those of temperature 1.
+        temperature: Of all rows, or of each. Above 0; or 0, which stands for greedy decoding, whose log-probs are those
+            of temperature 1.
     """
     wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    if isinstance(temperature, torch.Tensor):
+        divisor = torch.where(temperature == 0, 1, temperature).to(wide.dtype)
+        return torch.log_softmax(wide / divisor[..., None], dim=-1)
     return torch.log_softmax(wide if temperature in (0, 1) else wide / temperature, dim=-1)
 
 
 def draw_tokens(
-    logprobs: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"], *, greedy: bool
+    logprobs: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"], *, greedy: bool | Bool[Tensor, " rows"]
 ) -> Int[Tensor, " rows"]:
     """The token at which the cumulative distribution passes each row's uniform number; the likeliest if greedy.
 
     Args:
         logprobs: Normalised.
         uniforms: In [0, 1).
-        greedy: Take the argmax, whatever the uniforms are.
+        greedy: Take the argmax, whatever the uniforms are; of all rows, or of each.
     """
+    if isinstance(greedy, torch.Tensor):
+        return torch.where(greedy, logprobs.argmax(dim=-1), draw_tokens(logprobs, uniforms, greedy=False))
     if greedy:
         return logprobs.argmax(dim=-1)
     cumulative = logprobs.exp().cumsum(dim=-1)

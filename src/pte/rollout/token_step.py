@@ -41,7 +41,7 @@ class TokenStep:
         policy: The bounded policy.
         buffers: Read and written in place.
         forward: `decode_forward(policy, ...)`.
-        temperature: As the engine's.
+        temperature: As the engine's; unused where the buffers hold one of each row.
         state_control: As the engine's.
         observes: Sum the attention that the eviction policy asks for.
     """
@@ -66,6 +66,11 @@ class TokenStep:
         self.captures = policy.device.type == "cuda" and not observes
         self.replayed: Callable[[], None] | None = None
         self.warm = False
+
+    def claim(self) -> None:
+        """Makes the base's spare rows hold this adapter, where engines of several adapters take turns on one base."""
+        if not isinstance(self.forward, DecodeStep):
+            self.forward.claim()
 
     def __call__(self, *, longest: int) -> None:
         """One token.
@@ -111,8 +116,9 @@ class TokenStep:
             )
         else:
             hidden = self.forward(buffers.current, positions=positions, cache=cache, slots=places, states=states)
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
-        buffers.record(logprobs, greedy=self.temperature == 0)
+        temperature = self.temperature if buffers.temperatures is None else buffers.temperatures
+        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), temperature)
+        buffers.record(logprobs, greedy=temperature == 0)
 
     def eager(
         self,

@@ -1,0 +1,153 @@
+"""Prompts and messages of a request as token ids.
+
+Decides: which forms of a prompt and of a message are read, that a chat goes through the tokenizer's own template, and
+which special tokens are added (a template writes its own). Does not know: the other fields of a request.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pte.serve.errors import ApiError
+from pte.serve.fields import Fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "developer", "user", "assistant")
+
+
+class PromptEncoder:
+    """Makes token ids of what a request has as its prompt.
+
+    Args:
+        tokenizer: Of the base.
+        vocabulary: Token ids of the base are below this.
+        max_prompt_tokens: Longest prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, max_prompt_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def prompts(self, prompt: object) -> tuple[tuple[int, ...], ...]:
+        """The prompts of a completion call: a string, strings, token ids, or lists of token ids.
+
+        Raises:
+            ApiError: It is something else, or a prompt is empty, too long or nothing that the tokenizer knows.
+        """
+        several: list[object]
+        if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
+            several = prompt
+        else:
+            several = [prompt]
+        return tuple(self.prompt(one) for one in several)
+
+    def prompt(self, prompt: object) -> tuple[int, ...]:
+        """One prompt of a completion call."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, param="prompt", add_special_tokens=True)
+        if isinstance(prompt, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in prompt):
+            if not all(0 <= one < self.vocabulary for one in prompt):
+                raise ApiError(
+                    f"token ids of prompt must be from 0 to {self.vocabulary - 1}, got others; use the tokenizer of "
+                    f"this model",
+                    param="prompt",
+                )
+            return self.checked(tuple(prompt), param="prompt")
+        raise ApiError(
+            f"prompt must be a string, a list of strings, a list of token ids or a list of such lists, got "
+            f'{type(prompt).__name__}; send for example "Once"',
+            param="prompt",
+        )
+
+    def chat(self, messages: object) -> tuple[int, ...]:
+        """The conversation as the tokenizer's chat template writes it, and the opening of the answer.
+
+        Raises:
+            ApiError: There is no template, a message is malformed, or the whole is too long.
+        """
+        if not self.tokenizer.chat_template:
+            raise ApiError(
+                "messages must go through a chat template, and this model's tokenizer has none; use /v1/completions",
+                param="messages",
+            )
+        if not isinstance(messages, list) or not messages:
+            raise ApiError(
+                "messages must be a list of at least 1 message, got none; send [{'role': 'user', 'content': 'Hello'}]",
+                param="messages",
+            )
+        said = [self.message(one, place=f"messages[{index}]") for index, one in enumerate(messages)]
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises what it likes
+            raise ApiError(
+                f"messages must be what the model's chat template takes ({' '.join(str(error).split())[:200]}); "
+                f"change their roles or order",
+                param="messages",
+            ) from error
+        assert isinstance(text, str)
+        return self.encode(text, param="messages", add_special_tokens=False)
+
+    def message(self, message: object, *, place: str) -> dict[str, str]:
+        """One message: who says what."""
+        if not isinstance(message, dict):
+            raise ApiError(
+                f"{place} must be an object, got {type(message).__name__}; send role and content", param=place
+            )
+        fields = Fields(message, within=place)
+        role = fields.text("role")
+        if role not in ROLES:
+            raise ApiError(
+                f"{place}.role must be one of {', '.join(ROLES)}, got {fields.shown('role')}; this server completes "
+                f"text",
+                param=f"{place}.role",
+            )
+        content = fields.take("content")
+        if isinstance(content, list):
+            content = "".join(self.part(one, place=f"{place}.content[{index}]") for index, one in enumerate(content))
+        if not isinstance(content, str):
+            raise fields.wrong("content", "be a string or a list of text parts", 'send for example "Hello"')
+        found = {"role": role, "content": content}
+        if fields.has("name"):
+            found["name"] = fields.text("name")
+        fields.refuse_others(())
+        return found
+
+    @staticmethod
+    def part(part: object, *, place: str) -> str:
+        """The text of one part of a message's content."""
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ApiError(
+                f"{place} must be a text part, got another; this server reads text only: send "
+                f"{{'type': 'text', 'text': 'Hello'}}",
+                param=place,
+            )
+        text = part["text"]
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, text: str, *, param: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """A text as token ids."""
+        try:
+            ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ApiError(
+                f"{param} must be text that the model's tokenizer can encode ({' '.join(str(error).split())[:120]}); "
+                f"use the words of its vocabulary",
+                param=param,
+            ) from error
+        return self.checked(tuple(ids), param=param)
+
+    def checked(self, ids: tuple[int, ...], *, param: str) -> tuple[int, ...]:
+        """The same token ids, if there is room for them."""
+        if not ids:
+            raise ApiError(f"{param} must have at least 1 token, got none; write something", param=param)
+        if len(ids) > self.max_prompt_tokens:
+            raise ApiError(
+                f"{param} must have at most {self.max_prompt_tokens} tokens on this server, got {len(ids)}; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return ids
