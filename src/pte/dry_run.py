@@ -53,7 +53,8 @@ def dry_run(config: ExperimentConfig) -> str:
         )
         rollouts = engine.run([RolloutRequest(longest, seed) for seed in range(sequences)])
         lines.append(
-            f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
+            f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), "
+            f"cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
             f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB"
         )
         for stage in build_stages(session, config):

@@ -79,7 +79,7 @@ class FusedDecodeStep:
         self.fused.owner = self.mark
 
     def claim(self) -> None:
-        """Loads the adapter again where another step of the same base has loaded its own since; graphs cannot notice."""
+        """Loads the adapter again where another step of the same base has loaded its own; a graph cannot notice."""
         if self.weights is not None and self.fused.owner is not self.mark:
             self.load_adapter(self.weights)
 
