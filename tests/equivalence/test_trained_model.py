@@ -7,9 +7,13 @@ import torch
 
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.keydiff import DistinctKeys
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.rkv import RedundantKeys
+from pte.method.eviction.scissorhands import PersistentImportance
 from pte.method.eviction.sinks import AttentionSinks
+from pte.method.eviction.snapkv import ObservationWindow
+from pte.method.eviction.tova import LastQueryAttention
 from pte.method.schedule import EvictionSchedule
 from pte.model.load import load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, layer_sizes
@@ -35,8 +39,18 @@ def problems_as_tokens(count: int, *, statements: int) -> tuple[list[tuple[int, 
 
 @pytest.mark.parametrize(
     "eviction",
-    [None, UniformRandom(), AttentionSinks(4), HeavyHitters(8), RedundantKeys(4)],
-    ids=["window", "random", "sinks", "h2o", "rkv"],
+    [
+        None,
+        UniformRandom(),
+        AttentionSinks(4),
+        HeavyHitters(8),
+        PersistentImportance(4),
+        LastQueryAttention(),
+        ObservationWindow(4),
+        RedundantKeys(4),
+        DistinctKeys(0),
+    ],
+    ids=lambda eviction: "window" if eviction is None else eviction.name,
 )
 def test_a_trained_model_is_one_policy_in_rollout_and_replay(eviction: object) -> None:
     base, tokenizer = trained()

@@ -126,3 +126,11 @@ def test_a_budget_that_cannot_work_is_refused_with_its_remedy(
     with pytest.raises(error) as caught:
         EvictionSchedule(window, block)
     assert str(caught.value) == text
+
+
+@given(window=st.integers(1, 9).map(lambda blocks: 4 * blocks), index=st.integers(0, 99))
+def test_tokens_until_an_eviction_count_the_steps_to_the_next_one(window: int, index: int) -> None:
+    schedule = EvictionSchedule(window, 4)
+    following = next(token for token in range(index + 1, index + 99) if schedule.evicts_at(token))
+    assert schedule.tokens_until_eviction(index) == following - index
+    assert EvictionSchedule(None).tokens_until_eviction(index) is None

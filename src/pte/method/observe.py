@@ -4,7 +4,7 @@ Decides: how probabilities are summed over queries, heads and layers, a bounded 
 output is made elsewhere (`attention.grouped_attention`) and does not change when somebody observes.
 Does not know: caches, what the sums are for.
 
-Paper: none; the attention scores of H2O and R-KV.
+Paper: none; the attention scores of H2O, R-KV, TOVA and SnapKV, and the counters of Scissorhands.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ class AttentionObserver:
     """Sums the probabilities that each key receives in one forward, over its layers.
 
     Args:
-        first_query: Queries before this one do not count; -1 for the last one alone.
+        first_query: Queries before this one do not count; -k for the last k alone.
+        below_average: Count low probabilities instead of summing all.
 
     `received` holds the sums, float32 or wider; None before the first layer.
     """
 
-    def __init__(self, *, first_query: int = 0) -> None:
+    def __init__(self, *, first_query: int = 0, below_average: bool = False) -> None:
         self.first_query = first_query
+        self.below_average = below_average
         self.received: Float[Tensor, "batch keys"] | None = None
         self.closed = False
 
@@ -61,7 +63,11 @@ class AttentionObserver:
         if self.closed:
             return
         layer = received_attention(
-            query[:, :, self.first_query :], key, mask=mask[:, :, self.first_query :], scaling=scaling
+            query[:, :, self.first_query :],
+            key,
+            mask=mask[:, :, self.first_query :],
+            scaling=scaling,
+            below_average=self.below_average,
         )
         self.received = layer if self.received is None else self.received + layer
 
@@ -72,10 +78,12 @@ def received_attention(
     *,
     mask: Float[Tensor, "batch 1 tokens keys"],
     scaling: float,
+    below_average: bool = False,
 ) -> Float[Tensor, "batch keys"]:
-    """Probability that each key receives, summed over heads and queries.
+    """Probability that each key receives, summed over heads and queries; or how often it was low.
 
-    Equals: softmax(scaling q k^T + mask) with keys repeated over the group, summed over heads and queries.
+    Equals: softmax(scaling q k^T + mask) with keys repeated over the group, summed over heads and queries; with
+    `below_average`, the number of these that are below 1 / (keys that the query attends to), among these keys.
     """
     batch, heads, tokens, head_dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -88,5 +96,9 @@ def received_attention(
         packed = part.reshape(batch, kv_heads, -1, head_dim)
         scores = (packed @ key.transpose(2, 3)).to(dtype).mul_(scaling).view(batch, kv_heads, group, -1, keys)
         scores += mask[:, :, None, start : start + size]
-        received += scores.softmax(-1).sum((1, 2, 3))
+        given = scores.softmax(-1)
+        if below_average:
+            attended = scores > float("-inf")
+            given = ((given < 1 / attended.sum(-1, keepdim=True)) & attended).to(dtype)
+        received += given.sum((1, 2, 3))
     return received

@@ -76,6 +76,19 @@ class EvictionSchedule:
         assert self.evict_tokens is not None
         return (token_index - self.window_tokens) % self.evict_tokens == 0
 
+    def tokens_until_eviction(self, token_index: int) -> int | None:
+        """Tokens that can enter, `token_index` the first, before a block leaves again; None when none ever does.
+
+        Args:
+            token_index: Index of the reasoning token that enters next; an eviction before it has happened already.
+        """
+        if self.window_tokens is None:
+            return None
+        if token_index < self.window_tokens:
+            return self.window_tokens - token_index
+        assert self.evict_tokens is not None
+        return self.evict_tokens - (token_index - self.window_tokens) % self.evict_tokens
+
     def num_evictions(self, completion_tokens: int) -> int:
         """Evictions over a completion; its last token is sampled and never enters as input."""
         return self.evictions_before(completion_tokens - 2) if completion_tokens >= 2 else 0

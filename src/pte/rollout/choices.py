@@ -47,7 +47,9 @@ class EvictionChoices:
         """What a stretch that leads to an eviction is watched by; prompt tokens, which come first, do not count."""
         if self.observed_queries is None:
             return None
-        return AttentionObserver(first_query=-1 if self.observed_queries == "last" else prompt_tokens)
+        needs = self.policy.eviction.needs
+        first_query = -needs.last_queries if self.observed_queries == "last" else prompt_tokens
+        return AttentionObserver(first_query=first_query, below_average=needs.below_average)
 
     def plan(
         self, cache: BoundedCache, stretch: Stretch

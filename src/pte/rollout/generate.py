@@ -274,7 +274,8 @@ class RolloutEngine:
         positions = self.cache.prompt_lengths + self.entered
         slots = self.cache.take_slots(positions[:, None], live=alive)[:, 0]
         longest = max(sequence.entering for sequence in self.running if sequence is not None)
-        observer = AttentionObserver() if self.observes else None
+        observed = [sequence is not None and self.observes and policy.observes(sequence.entering) for sequence in self.running]
+        observer = AttentionObserver(below_average=policy.eviction.needs.below_average) if any(observed) else None
         attention = DecodeAttention(
             self.cache,
             slots,
@@ -287,6 +288,8 @@ class RolloutEngine:
         if observer is not None:
             received = observer.take()[:, self.cache.prompt_slots :]
             missing = self.cache.free_slots.shape[1] - received.shape[1]
+            counts = torch.tensor(observed, device=received.device)
+            received = torch.where(counts[:, None], received, 0)
             self.cache.add_attention(functional.pad(received, (0, missing)))
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
         self.entered += 1 if alive is None else alive
