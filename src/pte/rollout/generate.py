@@ -274,7 +274,9 @@ class RolloutEngine:
         positions = self.cache.prompt_lengths + self.entered
         slots = self.cache.take_slots(positions[:, None], live=alive)[:, 0]
         longest = max(sequence.entering for sequence in self.running if sequence is not None)
-        observed = [sequence is not None and self.observes and policy.observes(sequence.entering) for sequence in self.running]
+        observed = [
+            sequence is not None and self.observes and policy.observes(sequence.entering) for sequence in self.running
+        ]
         observer = AttentionObserver(below_average=policy.eviction.needs.below_average) if any(observed) else None
         attention = DecodeAttention(
             self.cache,

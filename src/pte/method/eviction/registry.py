@@ -42,9 +42,7 @@ POLICIES: dict[str, RegisteredPolicy] = {
     "sinks": RegisteredPolicy("sinks", "AttentionSinks", "sink_tokens"),
     "random": RegisteredPolicy("random", "UniformRandom"),
     "h2o": RegisteredPolicy("h2o", "HeavyHitters", "recent_tokens", lambda window, block: window // 2),
-    "scissorhands": RegisteredPolicy(
-        "scissorhands", "PersistentImportance", "recent_tokens", lambda window, block: 10
-    ),
+    "scissorhands": RegisteredPolicy("scissorhands", "PersistentImportance", "recent_tokens", lambda window, block: 10),
     "tova": RegisteredPolicy("tova", "LastQueryAttention"),
     "snapkv": RegisteredPolicy(
         "snapkv", "ObservationWindow", "recent_tokens", lambda window, block: min(32, block), recent_observe=True

@@ -39,7 +39,9 @@ class ObservationWindow(LowestScore):
 
     def __init__(self, recent_tokens: int) -> None:
         if recent_tokens < 1:
-            raise ValueError(f"recent_tokens must be at least 1 (they observe), got {recent_tokens}; use for example 32")
+            raise ValueError(
+                f"recent_tokens must be at least 1 (they observe), got {recent_tokens}; use for example 32"
+            )
         super().__init__(recent_tokens)
         self.needs = Needs(attention="last", last_queries=recent_tokens)
 
