@@ -29,8 +29,11 @@ finally:
 pytestmark = pytest.mark.system
 
 RECIPES = sorted((ROOT / "configs").glob("paper-*.toml"))
-SMALL = """--model.device cpu --cache.window-tokens 16 --cache.evict-tokens 4 --rollout.max-new-tokens 26 --rollout.slots 4
-    --train.prompts-per-step 2 --train.group-size 2 --train.micro-batch-size 2 --eval.max-new-tokens 20""".split()
+SMALL = [
+    *("--model.device", "cpu", "--cache.window-tokens", "16", "--cache.evict-tokens", "4"),
+    *("--rollout.max-new-tokens", "26", "--rollout.slots", "4", "--train.prompts-per-step", "2"),
+    *("--train.group-size", "2", "--train.micro-batch-size", "2", "--eval.max-new-tokens", "20"),
+]
 
 
 def documented(command: str) -> list[list[str]]:

@@ -129,7 +129,7 @@ class CacheConfig:
     """First reasoning tokens that never leave; read with policy `sinks` only."""
     recent_tokens: int | None = None
     """Newest reasoning tokens that do not leave; read with `h2o` (unset: half the window), `scissorhands` (10),
-    `snapkv` (32, at most a block: they observe), `rkv` (a block) and `keydiff` (0); a default leaves room for a block."""
+    `snapkv` (32, at most a block: they observe), `rkv` (a block) and `keydiff` (0). Defaults leave room for a block."""
 
     def __post_init__(self) -> None:
         check_types(self)

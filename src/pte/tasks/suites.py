@@ -4,8 +4,8 @@ Decides: which sets a suite has, how often their problems are sampled, which num
 average over the sets. The files lie in a directory that the user names; they are read in place.
 Does not know: policies, how a set is scored (`evaluate.py`).
 
-Paper: its tables, six sets and their average; "AIME is scored pass@16". The name of the sixth set is not in our sources:
-Minerva Math agrees with the averages.
+Paper: its tables, six sets and their average; "AIME is scored pass@16". The name of the sixth set is not in our
+sources; Minerva Math agrees with the averages.
 Deviation: the temperature of the sampled sets is ours: the experiment's, or the rollouts' where that one is greedy.
 """
 
@@ -133,8 +133,8 @@ def incomplete_sets(name: str, evaluations: Mapping[str, Evaluation]) -> list[st
         evaluations: By the name of the set.
     """
     return [
-        f"{one.title} was scored on {evaluations[one.name].problems} problems, the set has {one.problems}: the score is "
-        f"not comparable"
+        f"{one.title} was scored on {evaluations[one.name].problems} problems, the set has {one.problems}: the score "
+        f"is not comparable"
         for one in SUITES[name]
         if evaluations[one.name].problems != one.problems
     ]

@@ -4,8 +4,8 @@ Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation
 observation window, the last tokens of a prompt, summed over its queries and pooled over neighbouring tokens; the tokens
 with the most votes stay, and so does the observation window.
 Deviations: 1. it compresses a prompt once, here the reasoning is compressed at every eviction, and the prompt stays;
-2. one choice for all layers and heads, by the sum of their probabilities; 3. neighbours are those among the kept tokens,
-which need not be neighbours in the text after the first eviction.
+2. one choice for all layers and heads, by the sum of their probabilities; 3. neighbours are neighbours among the kept
+tokens, which they need not be in the text after the first eviction.
 Pooling is by maximum over 7 tokens. Only the queries of the observation window are observed.
 """
 
