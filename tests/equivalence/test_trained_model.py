@@ -46,7 +46,7 @@ def problems_as_tokens(count: int, *, statements: int) -> tuple[list[tuple[int, 
         HeavyHitters(8),
         PersistentImportance(4),
         LastQueryAttention(),
-        ObservationWindow(4),
+        ObservationWindow(2),
         RedundantKeys(4),
         DistinctKeys(0),
     ],
@@ -83,9 +83,10 @@ def check_record(policy: BoundedPolicy, rollouts: list[Rollout]) -> None:
         with torch.no_grad():
             theirs = reference.logprobs(rollout.prompt_ids, rollout.completion_ids)
         assert rollout.evicted_tokens.tolist() == reference.left
-        assert sorted(rollout.evicted_tokens.flatten().tolist()) != list(range(rollout.evicted_tokens.numel()))
         # The reference's norms and angles are float64, and this model's logits are sharp.
         torch.testing.assert_close(rollout.rollout_logprobs, theirs, rtol=0, atol=1e-3)
+    left = [sorted(rollout.evicted_tokens.flatten().tolist()) for rollout in rollouts]
+    assert any(tokens != list(range(len(tokens))) for tokens in left)
 
 
 def test_a_trained_model_knows_its_trace_with_the_full_cache_and_loses_it_under_the_window() -> None:
