@@ -8,9 +8,14 @@ import random
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import torch
+
+# Before anything imports triton: without a GPU the kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import hypothesis
 import pytest
-import torch
 
 import shape_checks
 

@@ -14,10 +14,14 @@ from pte.method.eviction.scissorhands import PersistentImportance
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.snapkv import ObservationWindow
 from pte.method.eviction.tova import LastQueryAttention
+from pte.method.schedule import Stretch
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import ReplayBatch, Rollout, RolloutRequest, collate_rollouts
-from pte.rollout.replay import Replay, ReplayOutput
+from pte.rollout.replay import Replay
+from pte.rollout.scores import ReplayOutput
+from pte.rollout.stretch import run_stretch
+from pte.rollout.walk import Walk
 
 # What a policy can be; each is a set of options for `tiny_policy`.
 SETTINGS: dict[str, dict[str, object]] = {
@@ -93,3 +97,18 @@ def gap(policy: BoundedPolicy, rollouts: Sequence[Rollout]) -> float:
     """Largest difference between recorded and replayed log-probs of a token."""
     _, output = replay_of(policy, rollouts)
     return (output.policy_logprobs - recorded(rollouts)).abs().max().item()
+
+
+@torch.no_grad()
+def replayed_windows(policy: BoundedPolicy, batch: ReplayBatch) -> list[tuple[Stretch, list[list[int]]]]:
+    """Reasoning tokens that the window of each sequence holds before each stretch but the first, on a replay's walk."""
+    walk = Walk(policy, batch)
+    windows = []
+    for stretch in walk.stretches:
+        held = walk.cache.token_indices()[: walk.active(stretch)].tolist()
+        windows.append((stretch, held))
+        start = walk.enter(stretch)
+        caches = {"cache_keys": walk.cache.keys, "cache_values": walk.cache.values}
+        _, keys, values = run_stretch(policy, start.inputs, states=start.states, **caches)
+        walk.store(start, keys=keys, values=values)
+    return windows[1:]

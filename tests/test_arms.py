@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pte.arms import ARMS, Arm, arm_cache, arm_config, state_tokens
 from pte.config import AdapterConfig, CacheConfig
 from pte.rollout.record import Rollout
-from pte.rollout.replay import expanded_first_state
+from pte.rollout.walk import expanded_first_state
 from pte.session import open_session
 from pte.tasks.evaluate import Evaluation, evaluate_session
 from short_runs import short_config

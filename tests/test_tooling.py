@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIRED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+WRITTEN = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+# Some are for certain platforms only.
+REQUIRED = [requirement for requirement in WRITTEN if requirement.marker is None or requirement.marker.evaluate()]
 LINES = (ROOT / "constraints.txt").read_text().splitlines()
 PINS = {pin.name.lower().replace("_", "-"): pin for pin in map(Requirement, LINES)}
 

@@ -25,13 +25,23 @@ class CountingEngine(RolloutEngine):
         self.read_prompts: list[tuple[int, ...]] = []
         self.rows_per_step: list[int] = []
 
-    def prefill_batch(self, prompts: list[tuple[int, ...]]) -> None:
-        self.read_prompts.extend(prompts)
-        super().prefill_batch(prompts)
+    def start(self, rows: int, requests: list[RolloutRequest]) -> None:
+        super().start(rows, requests)
+        read_batch = self.reader.read_batch
+
+        def counted(prompts: list[tuple[int, ...]]) -> None:
+            self.read_prompts.extend(prompts)
+            read_batch(prompts)
+
+        self.reader.read_batch = counted
 
     def step(self) -> None:
-        self.rows_per_step.append(self.cache.batch)
+        self.rows_per_step.append(self.buffers.cache.batch)
         super().step()
+
+    def release(self) -> None:
+        assert not self.reader.prefilled
+        super().release()
 
 
 def assert_same(ours: list[Rollout], theirs: list[Rollout]) -> None:
@@ -160,7 +170,6 @@ def test_a_group_reads_its_prompt_once() -> None:
     for slots in (3, 8, 24):
         engine = counted(policy, requests, slots=slots, stop_token_ids=(3, 4))
         assert sorted(engine.read_prompts) == sorted(prompts)
-        assert not engine.prefilled
 
 
 def test_finished_rows_stop_costing() -> None:

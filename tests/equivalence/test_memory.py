@@ -7,7 +7,7 @@ from live_bytes import LiveBytes
 from pte.method.cache import analytic_bytes
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.history import History
+from pte.rollout.gradients import group_stretches
 from pte.rollout.record import RolloutRequest, collate
 from pte.rollout.replay import Replay
 from tiny import VOCAB, tiny_base, tiny_policy
@@ -79,11 +79,11 @@ def test_chain_mode_without_folds_does_not_grow(kind: str) -> None:
 
 def test_chain_mode_keeps_few_states_even_where_states_are_large() -> None:
     # Rank 16: a state is 2 layers x 256 x 4 = 2048 bytes, keys and values of a stretch 8 x 512 = 4096: half as much.
-    # The states between two that are kept exist together, so both lengths are beyond the first two.
+    # What a group takes while it is walked exists once, so both lengths hold a whole number of groups, and several.
     policy = wide_policy(rank=16)
-    batch = collate([(3,)], [(4,) * 30], stream_seeds=[0], temperature=1.0)
-    short = 8 * (History(policy, batch).stride + 2)
-    growth = growth_per_token(policy, rows=1, short=short, long=short + 64)
+    group = 8 * group_stretches(policy)
+    assert group == 8 * 25
+    growth = growth_per_token(policy, rows=1, short=8 + 2 * group + 2, long=8 + 5 * group + 2)
     assert growth < 1.1 * KV_BYTES + BOOKKEEPING_BYTES
 
 

@@ -20,11 +20,10 @@ from pte.method.eviction.tova import LastQueryAttention
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.history import History
 from pte.rollout.record import ReplayBatch, Rollout, RolloutRequest, collate, collate_rollouts
 from pte.rollout.replay import Replay
 from reference import Reference
-from sampled import SCORED, SETTINGS, gap, recorded, replay_of, requests_for, sample
+from sampled import SCORED, SETTINGS, gap, recorded, replay_of, replayed_windows, requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
@@ -275,13 +274,10 @@ def test_in_bfloat16_the_record_keeps_rollout_and_replay_one_policy() -> None:
 def test_the_replay_s_window_is_what_the_record_leaves(eviction: LowestScore) -> None:
     policy = tiny_policy(eviction=eviction)
     rollouts = sorted(rollouts_of(policy, tokens=40, stop=(3,)), key=lambda rollout: -len(rollout.completion_ids))
-    history = History(policy, collate_rollouts(rollouts))
-    with torch.no_grad():
-        Replay(policy).walk_forward(history.batch, history=history)
-    for index, (stretch, indices) in list(enumerate(zip(history.stretches, history.token_indices, strict=True)))[1:]:
+    for stretch, windows in replayed_windows(policy, collate_rollouts(rollouts)):
         running = [rollout for rollout in rollouts if len(rollout.completion_ids) - 1 > stretch.start]
-        for rollout, held in zip(running, indices.tolist(), strict=True):
-            left = set(rollout.evicted_tokens[: index - 1].flatten().tolist())
+        for rollout, held in zip(running, windows, strict=True):
+            left = set(rollout.evicted_tokens[: stretch.first_eviction].flatten().tolist())
             assert sorted(held) == sorted(set(range(stretch.start)) - left)
 
 
@@ -310,7 +306,7 @@ def test_only_the_queries_that_a_policy_asks_for_are_observed(
     seen = []
 
     def counted(self: observe.AttentionObserver, query: torch.Tensor, key: torch.Tensor, **rest: object) -> None:
-        seen.append(len(range(query.shape[2])[self.first_query :]))
+        seen.append(query.shape[2] if self.queries is None else self.queries.shape[1])
         observe_layer(self, query, key, **rest)
 
     monkeypatch.setattr(observe.AttentionObserver, "observe", counted)

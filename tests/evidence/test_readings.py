@@ -20,7 +20,7 @@ from pte.model.segment import folded_keys
 from pte.rollout import generate
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
-from pte.rollout.replay import expanded_first_state
+from pte.rollout.walk import expanded_first_state
 from pte.session import Session
 from pte.tasks.evaluate import EvaluatedCompletion
 from pte.tasks.problems import Problem

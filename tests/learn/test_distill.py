@@ -41,6 +41,14 @@ def test_the_loss_of_a_step_is_the_mean_negative_logprob_of_the_right_traces() -
     assert metrics["evictions"] == 7
 
 
+def test_a_step_walks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, session = stage_of()
+    before = parameters(session)
+    monkeypatch.setattr(Replay, "walk", None)  # the walk without a graph
+    assert stage.step(0).metrics["entropy"] > 0
+    assert not equal(before, parameters(session))
+
+
 def test_every_step_takes_the_next_problems_and_a_problem_never_returns() -> None:
     stage, session = stage_of()
     seen = [prompt for index in range(3) for prompt, _ in stage.examples(index)[0]]

@@ -13,7 +13,7 @@ import torch
 from pte.learn.grpo import GrpoStage, score_rollouts
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import build_stages
-from pte.rollout.replay import Replay, ReplayOutput
+from pte.rollout.replay import Replay
 from pte.session import Session
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
@@ -82,6 +82,24 @@ def test_with_several_updates_on_a_batch_the_gap_is_that_of_the_first() -> None:
     metrics = stage.step(0).metrics
     assert metrics["ratio"] != pytest.approx(1, abs=1e-4), "the second update sees a policy that has moved"
     assert metrics["logprob_gap_max"] < 1e-10
+
+
+@pytest.mark.parametrize(("reward", "walks"), [(odd_ids, [0, 1]), (tied, [1, 1])], ids=["learning", "tied"])
+def test_the_policy_that_sampled_is_walked_once(
+    reward: Callable[..., list[float]], walks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The walk without a graph: none where the backward walk compares, one where the policy has moved or nothing learns.
+    stage, _ = stage_of(reward)
+    scored = [replace(one, advantage=0.0 if reward is tied else 1.0) for one in stage.sample_groups(0, 0, count=1)[0]]
+    found = []
+    walk = Replay.walk
+    monkeypatch.setattr(Replay, "walk", lambda self, batch: found.append(batch) or walk(self, batch))
+    for first, expected in zip((True, False), walks, strict=True):
+        found.clear()
+        metrics = stage.update(scored, first=first)
+        assert len(found) == expected
+        assert metrics["ratio"] == pytest.approx(1, abs=1e-12) or not first
+        assert metrics["entropy"] > 0
 
 
 def test_groups_that_all_tie_leave_the_adapter_alone_and_the_step_says_so() -> None:
@@ -305,9 +323,9 @@ class AnotherPolicy(Replay):
 
     off = 0.1
 
-    def forward(self, batch: object) -> ReplayOutput:
-        output = super().forward(batch)
-        return ReplayOutput(policy_logprobs=output.policy_logprobs + self.off, entropies=output.entropies)
+    def scores(self, *arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = super().scores(*arguments, **options)
+        return logprobs + self.off, entropies
 
 
 @pytest.mark.parametrize(
@@ -329,6 +347,7 @@ def test_a_replay_of_another_policy_stops_the_run_and_leaves_the_adapter_alone(o
         stage.step(0)
     assert equal(before, parameters(session))
     assert stage.optimizer.steps == 0
+    assert all(parameter.grad is None for parameter in session.policy.adapter.parameters())
 
 
 def test_a_threshold_of_the_users_own_stops_the_run_earlier_or_later() -> None:

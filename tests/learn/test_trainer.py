@@ -19,7 +19,7 @@ from pte.checkpoint import latest_checkpoint, load_adapter, load_checkpoint
 from pte.cli import main
 from pte.learn.stage import TIMING_METRICS, by_length
 from pte.learn.trainer import CHECKPOINTS, open_run, save, train
-from pte.rollout.replay import Replay, ReplayOutput
+from pte.rollout.replay import Replay
 from short_runs import equal, parameters, short_config, short_flags
 
 pytestmark = pytest.mark.system
@@ -155,9 +155,9 @@ def opened(tmp_path: Path, **changes: object):
 class AnotherPolicy(Replay):
     """A replay that is a tenth of a nat off."""
 
-    def forward(self, batch: object) -> ReplayOutput:
-        output = super().forward(batch)
-        return ReplayOutput(policy_logprobs=output.policy_logprobs + 0.1, entropies=output.entropies)
+    def scores(self, *arguments: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = super().scores(*arguments, **options)
+        return logprobs + 0.1, entropies
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte.method.attention import DecodeAttention, StretchAttention, additive, grouped_attention, stretch_mask
+from pte.method.attention import (
+    DecodeAttention,
+    StretchAttention,
+    additive,
+    causal_attention,
+    grouped_attention,
+    stretch_mask,
+)
 from pte.method.cache import BoundedCache, CacheShape
 
 
@@ -33,6 +40,30 @@ def test_grouped_attention_is_the_naive_program(group: int, tokens: int) -> None
     mask = additive(allowed, torch.float64)
     ours = grouped_attention(query, key, value, mask=mask, scaling=0.37)
     torch.testing.assert_close(ours, naive_attention(query, key, value, mask=mask, scaling=0.37), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_causal_attention_is_the_naive_program_under_a_causal_mask_in_values_and_gradients(
+    group: int, tokens: int
+) -> None:
+    generator = torch.Generator().manual_seed(group * 10 + tokens)
+
+    def gaussian(heads: int) -> torch.Tensor:
+        return torch.randn(3, heads, tokens, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    query, key, value = gaussian(2 * group), gaussian(2), gaussian(2)
+    mask = additive(torch.ones(tokens, tokens, dtype=torch.bool).tril(), torch.float64)
+    ours = causal_attention(query, key, value, scaling=0.37)
+    theirs = naive_attention(query, key, value, mask=mask, scaling=0.37)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for mine, other in zip(
+        torch.autograd.grad((ours * weights).sum(), (query, key, value)),
+        torch.autograd.grad((theirs * weights).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
 def test_stretch_mask_rows() -> None:

@@ -23,12 +23,12 @@ def inputs(group: int = 2, tokens: int = 5) -> dict[str, torch.Tensor]:
     }
 
 
-def by_hand(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, first: int = 0) -> list[list[float]]:
+def by_hand(query, key, mask, counted: list[list[int]] | None = None) -> list[list[float]]:
     """One probability at a time."""
     received = [[0.0] * key.shape[2] for _ in range(key.shape[0])]
     for row in range(query.shape[0]):
         for head in range(query.shape[1]):
-            for token in range(query.shape[2])[first:]:
+            for token in range(query.shape[2]) if counted is None else counted[row]:
                 shared = key[row, head // (query.shape[1] // key.shape[1])]
                 scores = 0.37 * shared @ query[row, head, token] + mask[row, 0, token]
                 for place, probability in enumerate(torch.softmax(scores, 0).tolist()):
@@ -51,34 +51,54 @@ def test_what_a_key_receives_is_the_sum_over_every_head_and_query(
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9])
-@pytest.mark.parametrize("first", [0, -2])
+@pytest.mark.parametrize("counted", [None, [[3, 4], [3, 4], [0, 4]]])
 def test_low_probabilities_are_counted_among_the_keys_that_a_query_attends_to(
-    first: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    counted: list[list[int]] | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "PROBABILITIES_PER_CHUNK", chunk)
     given, low = inputs(), [[0] * 7 for _ in range(3)]
-    for row, head, token in itertools.product(range(3), range(4), range(5)[first:]):
+    for row, head, token in itertools.product(range(3), range(4), range(5)):
+        if counted is not None and token not in counted[row]:
+            continue
         attended = [key for key in range(7) if given["mask"][row, 0, token, key] == 0]
         scores = {key: float(given["query"][row, head, token] @ given["key"][row, head // 2, key]) for key in attended}
         weights = {key: math.exp(0.37 * score) for key, score in scores.items()}
         for key, weight in weights.items():
             low[row][key] += weight / sum(weights.values()) < 1 / len(attended)
-    observer = AttentionObserver(first_query=first, below_average=True)
+    observer = AttentionObserver(queries=None if counted is None else torch.tensor(counted), below_average=True)
     observer.observe(given["query"], given["key"], mask=given["mask"], scaling=0.37)
     assert observer.take().tolist() == low
 
 
-@pytest.mark.parametrize("first", [0, 3, -1, -2])
-def test_an_observer_adds_layers_and_counts_from_its_first_query(first: int) -> None:
-    observer = AttentionObserver(first_query=first)
+@pytest.mark.parametrize("chunk", [1, 10**9])
+@pytest.mark.parametrize("counted", [None, [[0, 1], [3, 4], [2, 2]], [[4], [4], [1]]])
+def test_an_observer_adds_layers_and_counts_each_sequence_s_own_queries(
+    counted: list[list[int]] | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "PROBABILITIES_PER_CHUNK", chunk)
+    observer = AttentionObserver(queries=None if counted is None else torch.tensor(counted))
     one, other = inputs(2), inputs(4)
     for given in (one, other):
         observer.observe(given["query"], given["key"], mask=given["mask"], scaling=0.37)
-    expected = torch.tensor(by_hand(**one, first=first)) + torch.tensor(by_hand(**other, first=first))
+    expected = torch.tensor(by_hand(**one, counted=counted)) + torch.tensor(by_hand(**other, counted=counted))
     torch.testing.assert_close(observer.take(), expected.double(), rtol=0, atol=1e-5)
     before = observer.take().clone()
     observer.observe(one["query"], one["key"], mask=one["mask"], scaling=0.37)
     assert torch.equal(observer.take(), before), "a forward that is computed again in a backward counts nothing"
+
+
+@pytest.mark.parametrize("chunk", [1, 60, 10**9])
+@pytest.mark.parametrize("counted", [None, [[0, 6], [3, 4], [2, 5]]])
+def test_without_a_mask_a_query_gives_to_no_later_key(
+    counted: list[list[int]] | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "PROBABILITIES_PER_CHUNK", chunk)
+    given = inputs(tokens=7)
+    causal = additive(torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7), torch.float64)
+    queries = None if counted is None else torch.tensor(counted)
+    ours = received_attention(given["query"], given["key"], mask=None, scaling=0.37, queries=queries)
+    expected = by_hand(given["query"], given["key"], causal, counted)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_bfloat16_probabilities_are_summed_in_float32() -> None:

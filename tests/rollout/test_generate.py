@@ -9,10 +9,8 @@ from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.history import History
-from pte.rollout.record import Rollout, RolloutRequest
-from pte.rollout.replay import Replay
-from sampled import replay_of, requests_for, sample
+from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
+from sampled import SETTINGS, replayed_windows, requests_for, sample
 from tiny import tiny_base, tiny_policy
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15)]
@@ -26,11 +24,11 @@ class WatchedEngine(RolloutEngine):
         self.seen: dict[int, list[list[int]]] = {}
 
     def step(self) -> None:
-        before = list(self.running)
+        before, caches = list(self.running), self.buffers.cache
         super().step()
         for row, sequence in enumerate(before):
             if sequence is not None:
-                positions = self.cache.positions[row]
+                positions = caches.positions[row]
                 self.seen.setdefault(sequence.order, []).append(sorted(positions[positions >= 0].tolist()))
 
 
@@ -84,17 +82,12 @@ def test_the_replay_s_window_is_the_rollout_s_at_every_stretch(eviction: object)
     policy = tiny_policy(eviction=eviction)
     _, rollouts = watch(policy)
     rollouts = sorted(rollouts, key=lambda rollout: -len(rollout.completion_ids))
-    batch, _ = replay_of(policy, rollouts)
-    history = History(policy, batch)
-    with torch.no_grad():
-        Replay(policy).walk_forward(batch, history=history)
-    assert len(history.token_indices) == len(history.stretches) >= 4
-    for stretch, indices in list(zip(history.stretches, history.token_indices, strict=True))[1:]:
+    windows = replayed_windows(policy, collate_rollouts(rollouts))
+    assert len(windows) >= 3
+    for stretch, windows_held in windows:
         running = [rollout for rollout in rollouts if len(rollout.completion_ids) - 1 > stretch.start]
-        assert indices.shape[0] == len(running)
-        for rollout, held in zip(running, indices.tolist(), strict=True):
-            expected = kept_by_hand(policy, stretch.start, rollout.stream_seed)[-1]
-            assert sorted(held) == expected
+        for rollout, held in zip(running, windows_held, strict=True):
+            assert sorted(held) == kept_by_hand(policy, stretch.start, rollout.stream_seed)[-1]
 
 
 def test_random_evictions_differ_between_streams_of_one_batch() -> None:
@@ -192,6 +185,93 @@ def test_a_second_run_of_an_engine_is_the_first() -> None:
 def test_nothing_of_a_rollout_is_held_after_it() -> None:
     engine = RolloutEngine(tiny_policy(), slots=3, max_new_tokens=12, temperature=1.0, stop_token_ids=())
     engine.run(requests_for(PROMPTS[:3]))
-    held = [name for name, value in vars(engine).items() if isinstance(value, torch.Tensor) or name == "cache"]
-    assert held == ["current", "entered", "stream_seeds"]
-    assert engine.peak_cache_bytes > 0 and not engine.prefilled
+    held = [
+        name
+        for name, value in vars(engine).items()
+        if isinstance(value, torch.Tensor) or name in ("buffers", "reader", "token_step")
+    ]
+    assert not held
+    assert engine.peak_cache_bytes > 0
+
+
+@pytest.mark.parametrize("setting", ["thought", "no adapter", "random eviction", "full cache", "h2o", "rkv"])
+@pytest.mark.parametrize("look_every_tokens", [2, 3, 64])
+def test_a_host_that_looks_rarely_changes_no_rollout(setting: str, look_every_tokens: int) -> None:
+    policy = tiny_policy(**SETTINGS[setting])
+    requests = requests_for(PROMPTS + PROMPTS, first_seed=20)
+
+    def rollouts(look: int) -> list[Rollout]:
+        engine = RolloutEngine(policy, slots=3, max_new_tokens=30, temperature=1.0, stop_token_ids=(3, 4, 5))
+        engine.look_every_tokens = look
+        return engine.run(requests)
+
+    rare, often = rollouts(look_every_tokens), rollouts(1)
+    assert len({len(rollout.completion_ids) for rollout in often}) > 3
+    for mine, theirs in zip(rare, often, strict=True):
+        # Rows that stopped between two looks go on computing: it shows nowhere.
+        assert mine.completion_ids == theirs.completion_ids and mine.finish_reason == theirs.finish_reason
+        torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)
+        assert mine.state_norm == pytest.approx(theirs.state_norm, rel=1e-6)
+        if theirs.evicted_tokens is not None:
+            assert torch.equal(mine.evicted_tokens, theirs.evicted_tokens)
+
+
+def test_the_host_looks_before_every_eviction_and_no_later_than_it_has_to() -> None:
+    # W = 8, E = 4: with a look at most every 6 tokens, tokens enter as 6, 2 | 4 | 4 | 3: of 20 sampled tokens 19 enter.
+    class Counting(RolloutEngine):
+        def decode_tokens(self) -> None:
+            before = self.decode_steps
+            super().decode_tokens()
+            bursts.append(self.decode_steps - before)
+
+    bursts: list[int] = []
+    engine = Counting(tiny_policy(), slots=1, max_new_tokens=20, temperature=1.0, stop_token_ids=())
+    engine.look_every_tokens = 6
+    engine.run(requests_for(PROMPTS[:1]))
+    assert bursts == [6, 2, 4, 4, 3]
+    assert engine.decode_steps == 19
+
+
+@pytest.mark.parametrize("setting", ["thought", "random eviction", "h2o"])
+def test_evicting_a_few_rows_at_a_time_changes_no_rollout(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(**SETTINGS[setting])
+    together = sample(policy, requests_for(PROMPTS), slots=4)
+    folded: list[int] = []
+    evict = RolloutEngine.evict
+
+    def watched(self: RolloutEngine, due: list[object], *, evict_tokens: int) -> None:
+        folded.append(len(due))
+        evict(self, due, evict_tokens=evict_tokens)
+
+    monkeypatch.setattr(RolloutEngine, "evict", watched)
+    shape = policy.cache_shape
+    numbers = 3 * shape.layers * policy.schedule.evict_tokens * shape.kv_dim
+    monkeypatch.setattr("pte.rollout.generate.EVICTED_NUMBERS", numbers)
+    parts = sample(policy, requests_for(PROMPTS), slots=4)
+    assert set(folded) == {3, 1}
+    for mine, theirs in zip(parts, together, strict=True):
+        assert mine.completion_ids == theirs.completion_ids
+        torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("look_every_tokens", [1, 4, 5])
+def test_a_row_at_its_last_token_waits_unharmed_for_a_refilled_one(look_every_tokens: int) -> None:
+    policy = tiny_policy(window=None)
+    requests = requests_for(PROMPTS[:3], first_seed=7)
+    alone = [sample(policy, [request], max_new_tokens=12, temperature=1.0)[0] for request in requests]
+    # The second request ends with a token that the others never draw; the third takes its row and ends last.
+    stop = next(
+        token
+        for token in alone[1].completion_ids[2:6]
+        if all(token not in other.completion_ids for other in (alone[0], alone[2]))
+    )
+    engine = RolloutEngine(
+        policy, slots=2, max_new_tokens=12, temperature=1.0, stop_token_ids=(stop,), state_control="shuffled"
+    )
+    engine.look_every_tokens = look_every_tokens
+    first, second, third = engine.run(requests)
+    assert second.finish_reason == "stop" and len(second.completion_ids) < 8
+    for mine, expected in ((first, alone[0]), (third, alone[2])):
+        assert mine.finish_reason == "length"
+        assert mine.completion_ids == expected.completion_ids
+        torch.testing.assert_close(mine.rollout_logprobs, expected.rollout_logprobs, rtol=0, atol=1e-9)

@@ -123,12 +123,14 @@ def test_a_bfloat16_gradient_points_where_the_float64_one_does() -> None:
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
 
 
-def test_a_second_backward_says_that_the_first_freed_its_tensors() -> None:
+@pytest.mark.parametrize(("mode", "horizon"), [("chain", None), ("horizon", 2), ("exact", None)])
+def test_a_second_backward_walks_again_and_finds_the_same(mode: str, horizon: int | None) -> None:
     policy, batch = tiny_policy(), small_batch()
-    logprobs = Replay(policy)(batch).policy_logprobs
-    logprobs.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        logprobs.sum().backward()
+    parameters = list(policy.adapter.parameters())
+    logprobs = Replay(policy, gradient_mode=mode, horizon=horizon)(batch).policy_logprobs
+    first = torch.autograd.grad(logprobs.sum(), parameters, retain_graph=True)
+    second = torch.autograd.grad(logprobs.sum(), parameters)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("mode", "horizon"), [("chain", None), ("horizon", 2)])

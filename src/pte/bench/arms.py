@@ -83,7 +83,7 @@ class OurStep(OurRollout):
         rollouts = self.sample(tokens, seed)
         batch = collate_rollouts(rollouts)
         recorded = pad_sequence([rollout.rollout_logprobs for rollout in rollouts], batch_first=True)
-        logprobs = self.replay(batch).policy_logprobs
+        logprobs = self.replay(batch, recorded=recorded).policy_logprobs
         descend(grpo_loss(logprobs, recorded, completion_mask=batch.completion_mask), self.optimizer)
 
 

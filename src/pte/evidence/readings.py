@@ -18,8 +18,8 @@ import torch
 from pte.arms import arm_config
 from pte.model.segment import fold
 from pte.rollout.record import collate
-from pte.rollout.replay import expanded_first_state
-from pte.rollout.walk import Walk, run_stretch, segment_states
+from pte.rollout.stretch import run_stretch
+from pte.rollout.walk import Walk, expanded_first_state
 from pte.session import Session, eviction_policy, open_task
 from pte.tasks.evaluate import evaluate_session
 from pte.tasks.recall import read_completion
@@ -228,21 +228,17 @@ def trace_blocks(session: Session) -> list[EvictedTokens]:
             device=policy.device,
         ),
     )
-    state = expanded_first_state(policy, STATE_PROBLEMS)
-    assert state is not None
     blocks: list[EvictedTokens] = []
     for stretch in walk.stretches:
-        inputs = walk.enter(stretch)
-        evicted = walk.evict(inputs)
-        states = segment_states(policy, state, evicted)
+        start = walk.enter(stretch)
         _, keys, values = run_stretch(
             policy,
-            inputs,
+            start.inputs,
             cache_keys=walk.cache.keys,
             cache_values=walk.cache.values,
-            states=torch.stack(states, dim=2),
+            states=start.states,
         )
-        state = states[-1]
-        walk.store(stretch, inputs, keys=keys, values=values, graph=False)
-        blocks += evicted
+        walk.store(start, keys=keys, values=values)
+        if start.evicted is not None:
+            blocks += start.evicted.blocks(start.inputs.evicted_slots[0].shape[1])
     return blocks

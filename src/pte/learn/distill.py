@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from pte.learn.optimizer import AdapterOptimizer, backpropagate, check_finite_loss
 from pte.learn.stage import StepResult, by_length, peak_memory_bytes
 from pte.method.schedule import EvictionSchedule
@@ -111,10 +113,12 @@ class DistillStage:
                 temperature=self.temperature,
                 device=self.policy.device,
             )
-            output = self.replay(padded)
-            loss = -output.policy_logprobs.sum() / tokens
+            # The loss is linear in the log-probs: its gradient is known before they are, and one walk finds both.
+            unknown = torch.zeros(padded.completion_ids.shape, device=padded.completion_ids.device)
+            output = self.replay(padded, recorded=unknown)
+            backpropagate(-output.policy_logprobs.sum() / tokens)
+            loss = -output.replayed_logprobs.sum() / tokens
             check_finite_loss(loss)
-            backpropagate(loss)
             total += loss.item()
             entropy += output.entropies.sum().item() / tokens
         grad_norm, learning_rate = self.optimizer.step()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pte.learn.advantages import group_advantages, mixed_accuracy_groups, tied_groups
 from pte.learn.loss import BatchTotals, PolicyObjective, policy_loss
@@ -30,9 +31,6 @@ from pte.rollout.sampling import stream_seed
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
     from pte.checkpoint_files import Json, StateTree
     from pte.tasks.problems import Problem
     from pte.tasks.task import Task
@@ -210,7 +208,8 @@ class GrpoStage:
 
         Args:
             scored: Rollouts with advantages.
-            first: The policy is still the one that sampled, so that the gap must be small.
+            first: The policy is still the one that sampled: its log-probs are those that were recorded, and the gap
+                to those that the replay finds must be small.
 
         Raises:
             TrainingStopped: Gap, loss or gradient are beyond what a sound run shows; nothing was updated.
@@ -220,24 +219,16 @@ class GrpoStage:
         gaps: list[tuple[int, LogprobGap]] = []
         for batch, learns in self.micro_batches(scored):
             padded = collate_rollouts([one.rollout for one in batch], device=self.engine.policy.device)
+            rollout_logprobs = pad_sequence([one.rollout.rollout_logprobs for one in batch], batch_first=True)
+            rollout_logprobs = rollout_logprobs.to(padded.completion_ids.device)
+            # The policy that sampled has the log-probs that it recorded: one walk, whose own are compared below.
             with torch.set_grad_enabled(learns):
-                output = self.replay(padded)
-            mask = padded.completion_mask
-            tokens = int(mask.sum())
-            rollout_logprobs = recorded_logprobs(batch, like=output.policy_logprobs)
-            gap = logprob_gap(output.policy_logprobs, rollout_logprobs, completion_mask=mask)
-            if first and not gap.max <= self.max_logprob_gap:
-                self.optimizer.adamw.zero_grad()
-                raise TrainingStopped(
-                    f"rollout and replay must agree within max_logprob_gap ({self.max_logprob_gap:g} nats), got "
-                    f"{gap.max:.3g} (mean {gap.mean:.3g}): they are not the same policy; raise train.max_logprob_gap "
-                    f"only if the dtype explains it"
-                )
-            gaps.append((tokens, gap))
+                output = self.replay(padded, recorded=rollout_logprobs if first else None)
             reference = None
             if self.reference is not None:
                 with torch.no_grad():
                     reference = self.reference(padded).policy_logprobs
+            mask = padded.completion_mask
             loss = policy_loss(
                 output.policy_logprobs,
                 rollout_logprobs,
@@ -252,6 +243,16 @@ class GrpoStage:
             check_finite_loss(loss.loss)
             if learns:
                 backpropagate(loss.loss)
+            tokens = int(mask.sum())
+            gap = logprob_gap(output.replayed_logprobs, rollout_logprobs, completion_mask=mask)
+            if first and not gap.max <= self.max_logprob_gap:
+                self.optimizer.adamw.zero_grad()
+                raise TrainingStopped(
+                    f"rollout and replay must agree within max_logprob_gap ({self.max_logprob_gap:g} nats), got "
+                    f"{gap.max:.3g} (mean {gap.mean:.3g}): they are not the same policy; raise train.max_logprob_gap "
+                    f"only if the dtype explains it"
+                )
+            gaps.append((tokens, gap))
             share = tokens / totals.tokens
             sums["loss"] += loss.loss.item()
             sums["entropy"] += output.entropies.sum().item() / totals.tokens
@@ -348,13 +349,3 @@ def score_rollouts(task: Task, rollouts: Sequence[Rollout], problems: Sequence[P
         ScoredRollout(rollout, problem, text, reward, accuracy)
         for rollout, problem, text, reward, accuracy in zip(rollouts, problems, texts, rewards, accuracies, strict=True)
     ]
-
-
-def recorded_logprobs(
-    batch: Sequence[ScoredRollout], *, like: Float[Tensor, "batch completion"]
-) -> Float[Tensor, "batch completion"]:
-    """Rollout log-probs in the layout of the replay's, 0 on padding."""
-    recorded = torch.zeros_like(like, requires_grad=False)
-    for row, one in enumerate(batch):
-        recorded[row, : len(one.rollout.completion_ids)] = one.rollout.rollout_logprobs.to(like.device)
-    return recorded

@@ -2,8 +2,10 @@
 
 Decides: who attends to whom, given the positions in the cache. `DecodeAttention` writes each new token into its
 slot and attends over the slots; `StretchAttention` computes many tokens at once over [slots | themselves, causal]
-and collects their keys and values, leaving the cache alone. Both call `grouped_attention`, the one place where a
-kernel is chosen; an observer, where an eviction policy needs one, sees the same queries, keys and mask.
+and collects their keys and values, leaving the cache alone. `grouped_attention` and, where nothing is cached and no
+row has padding before its tokens, `causal_attention` are the two places where a kernel is chosen; the second needs no
+mask, so that memory is linear in the tokens. An observer, where an eviction policy needs one, sees the same queries,
+keys and mask.
 Does not know: models, rotary embeddings (keys come rotated), states.
 
 Paper: pi^D(y_t | C_t^D), the cache-constrained policy.
@@ -47,6 +49,27 @@ def grouped_attention(
     packed_mask = mask if group == 1 or tokens == 1 else mask.repeat(1, 1, group, 1)
     attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scaling)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(1, 2)
+
+
+def causal_attention(
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch kv_heads tokens head_dim"],
+    value: Float[Tensor, "batch kv_heads tokens head_dim"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch tokens heads head_dim"]:
+    """softmax(scaling q k^T + causal mask) v, without a tensor of tokens x tokens numbers.
+
+    Equals: `grouped_attention` under a mask that lets token i see tokens 0 .. i.
+
+    Args:
+        scaling: Factor on the scores.
+    """
+    group = query.shape[1] // key.shape[1]
+    # Repeated, because a kernel without grouped heads would make all scores instead, and not say so.
+    key, value = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in (key, value))
+    attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return attended.transpose(1, 2)
 
 
 def additive(allowed: Bool[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
@@ -113,11 +136,13 @@ class StretchAttention:
     Args:
         keys: Post-rotary keys in the cache slots, or None when nothing is cached.
         values: Values in the same slots.
-        mask: For every token of the stretch, over [slots | tokens of the stretch]: 0 or -inf.
+        mask: For every token of the stretch, over [slots | tokens of the stretch]: 0 or -inf; None for causal
+            attention over the stretch alone, where nothing is cached.
         segments: Segments per sequence; row b * segments + s is segment s of sequence b.
         observer: Sums what slots and tokens receive, or None.
 
-    `new_keys` and `new_values` hold, per layer, what the stretch adds.
+    `new_keys` and `new_values` hold, per layer, what the stretch adds; a layer that is computed again in a backward
+    pass leaves them as they are.
     """
 
     def __init__(
@@ -125,10 +150,11 @@ class StretchAttention:
         keys: Float[Tensor, "layers batch kv_heads slots head_dim"] | None,
         values: Float[Tensor, "layers batch kv_heads slots head_dim"] | None,
         *,
-        mask: Float[Tensor, "batch 1 tokens keys"],
+        mask: Float[Tensor, "batch 1 tokens keys"] | None,
         segments: int,
         observer: AttentionObserver | None = None,
     ) -> None:
+        assert keys is None or mask is not None, "cached slots need a mask"
         self.observer = observer
         self.keys = keys
         self.values = values
@@ -149,13 +175,17 @@ class StretchAttention:
         """Attention output of the stretch's tokens in one layer."""
         rows, heads, segment_tokens, head_dim = query.shape
         query, key, value = (self.join_segments(x) for x in (query, key, value))
-        self.new_keys[layer], self.new_values[layer] = key, value
+        self.new_keys.setdefault(layer, key)
+        self.new_values.setdefault(layer, value)
         if self.keys is not None and self.values is not None:
             key = torch.cat((self.keys[layer], key), dim=2)
             value = torch.cat((self.values[layer], value), dim=2)
         if self.observer is not None:
             self.observer.observe(query, key, mask=self.mask, scaling=scaling)
-        attended = grouped_attention(query, key, value, mask=self.mask, scaling=scaling)
+        if self.mask is None:
+            attended = causal_attention(query, key, value, scaling=scaling)
+        else:
+            attended = grouped_attention(query, key, value, mask=self.mask, scaling=scaling)
         return attended.reshape(rows, segment_tokens, heads, head_dim)
 
     def join_segments(

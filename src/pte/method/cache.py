@@ -61,6 +61,15 @@ class EvictedTokens:
     values: Float[Tensor, "layers batch evicted kv_dim"]
     positions: Int[Tensor, "batch evicted"]
 
+    def first(self, rows: int) -> EvictedTokens:
+        """Those of the first sequences."""
+        return EvictedTokens(self.keys[:, :rows], self.values[:, :rows], self.positions[:rows])
+
+    def blocks(self, size: int) -> list[EvictedTokens]:
+        """Those of each eviction, where they hold several of `size` tokens."""
+        parts = (self.keys.split(size, dim=2), self.values.split(size, dim=2), self.positions.split(size, dim=1))
+        return [EvictedTokens(*part) for part in zip(*parts, strict=True)]
+
 
 @dataclass
 class BoundedCache:
@@ -160,25 +169,21 @@ class BoundedCache:
         if self.attention_received is not None:
             self.attention_received[rows] = 0
 
-    def take_slots(
-        self, positions: Int[Tensor, "batch tokens"], *, live: Int[Tensor, " batch"] | None = None
-    ) -> Int[Tensor, "batch tokens"]:
+    def take_slots(self, positions: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
         """Gives the next tokens their slots and stores their positions.
 
         Args:
             positions: Absolute positions.
-            live: 1 for running sequences, 0 for finished ones whose row still computes and must not move on;
-                None when all run.
 
         Returns:
-            Slot of each token, counted over prompt and window.
+            Slot of each token, counted over prompt and window; in rows that take more than are free, the last one.
         """
         tokens, window = positions.shape[1], self.free_slots.shape[1]
         steps = torch.arange(tokens, device=positions.device)
         taken = (self.cursor[:, None] + steps).clamp_(max=window - 1)
         slots = self.prompt_slots + self.free_slots.gather(1, taken)
         self.positions.scatter_(1, slots, positions)
-        self.cursor += tokens if live is None else live * tokens
+        self.cursor += tokens
         return slots
 
     def evict(self, rows: Int[Tensor, " rows"], slots: Int[Tensor, "rows evicted"]) -> EvictedTokens:

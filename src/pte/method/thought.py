@@ -98,10 +98,12 @@ class ThoughtEncoder(nn.Module):
         values: Float[Tensor, "layers batch evicted kv_dim"],
     ) -> tuple[Float[Tensor, "layers batch evicted rank"], Float[Tensor, "layers batch evicted rank"]]:
         """What each evicted token is stored under, (W_Q q_g)(W_K k), and what is stored, W_V v."""
-        dtype = self.key_map.dtype
+        dtype, size = self.key_map.dtype, keys.shape[1:3]
         queries = torch.einsum("lqd,lrd->lqr", self.query, self.query_map)
-        addresses = keys.to(dtype) @ self.key_map.transpose(1, 2)[:, None] @ queries.transpose(1, 2)[:, None]
-        return addresses, values.to(dtype) @ self.value_map.transpose(1, 2)[:, None]
+        # Sequences and tokens side by side: one product a layer.
+        addresses = keys.to(dtype).flatten(1, 2) @ self.key_map.transpose(1, 2) @ queries.transpose(1, 2)
+        contents = values.to(dtype).flatten(1, 2) @ self.value_map.transpose(1, 2)
+        return addresses.unflatten(1, size), contents.unflatten(1, size)
 
     def encode(
         self,

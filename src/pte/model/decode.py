@@ -2,8 +2,8 @@
 
 Decides: how a layer computes a single token a row. It equals `run_layers` with one token a row, the naive program: the
 same products, rounded at the same places, without the library's modules, whose overhead is most of a small step.
-The base's weights are multiplied with where they lie, so that a large base never exists twice: [W; B] of an input
-group as one product would copy the base to save a tenth of a small step. Does not know: slots, sampling.
+The base's weights are multiplied with where they lie, so that a large base never exists twice; on a GPU, `fused.py`
+moves them next to B instead and computes the same in fewer launches. Does not know: slots, sampling.
 
 Paper: pi^D_theta(y_t | C_t^D) with theta' = theta + A S_e B, for one t.
 """

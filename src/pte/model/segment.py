@@ -9,11 +9,12 @@ Paper: C_t^D enters through `attention`, S_e through `states`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from pte.method.adapter import BoundAdapter
@@ -23,7 +24,7 @@ from pte.model.policy import BoundedPolicy, linear_of
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
@@ -70,6 +71,7 @@ def run_layers(
     attention: LayerAttention,
     states: Float[Tensor, "layers rows rank rank"] | None,
     weights: AdapterWeights | None,
+    recompute: bool = False,
 ) -> Float[Tensor, "rows tokens hidden"]:
     """Final hidden states (after the last norm) of the given tokens.
 
@@ -80,31 +82,47 @@ def run_layers(
         attention: Writes and reads keys and values.
         states: What the adapters read, for every row; None for S = I or without adapter.
         weights: `adapter_weights(policy)`, made once for many forwards.
+        recompute: A backward pass computes each layer again, so that of a layer only its input is kept.
     """
     decoder = policy.base.get_decoder()
-    config = decoder.config
+    transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
+    hidden = decoder.embed_tokens(token_ids)
+    angles = decoder.rotary_emb(hidden, positions)
+
+    def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+        # Bound in here, so that a layer that is computed again finds what it found the first time.
+        with bound_base(policy, weights, transposed):
+            return layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=angles,
+                layer_attention=attention,
+            )
+
+    for layer in decoder.layers:
+        if recompute and torch.is_grad_enabled():
+            hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = run_layer(layer, hidden)
+    return decoder.norm(hidden)
+
+
+@contextmanager
+def bound_base(
+    policy: BoundedPolicy, weights: AdapterWeights | None, transposed: tuple[Tensor, ...] | None
+) -> Iterator[None]:
+    """The base with our attention, its adapter bound to S^T of every layer; as it was before, afterwards."""
+    config = policy.base.get_decoder().config
     AttentionInterface.register(ATTENTION_NAME, bounded_attention)
     implementation = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME
-    adapter = policy.adapter
-    if adapter is None or weights is None:
-        binding: AbstractContextManager[None] = nullcontext()
-    else:
-        transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
-        binding = adapter.binding.bound(BoundAdapter(weights, transposed))
     try:
-        with binding:
-            hidden = decoder.embed_tokens(token_ids)
-            angles = decoder.rotary_emb(hidden, positions)
-            for layer in decoder.layers:
-                hidden = layer(
-                    hidden,
-                    attention_mask=None,
-                    position_ids=positions,
-                    position_embeddings=angles,
-                    layer_attention=attention,
-                )
-            return decoder.norm(hidden)
+        if policy.adapter is None or weights is None:
+            yield
+        else:
+            with policy.adapter.binding.bound(BoundAdapter(weights, transposed)):
+                yield
     finally:
         config._attn_implementation = implementation
 
@@ -163,6 +181,34 @@ def fold(
     adapter = policy.adapter
     assert adapter is not None and adapter.encoder is not None
     return adapter.encoder.fold(state, folded_keys(policy, evicted), evicted.values)
+
+
+@timed("fold")
+def fold_blocks(
+    policy: BoundedPolicy,
+    state: Float[Tensor, "layers batch rank rank"],
+    evicted: EvictedTokens,
+    *,
+    block: int,
+) -> Float[Tensor, "layers batch blocks rank rank"]:
+    """The running state after each of several evictions in a row.
+
+    Equals: `fold`, a block after the other. The keys of all blocks are taken out of their rotation at once.
+
+    Args:
+        policy: Whose adapter folds.
+        state: Before the first eviction.
+        evicted: The blocks one behind the other.
+        block: Tokens evicted at once.
+    """
+    adapter = policy.adapter
+    assert adapter is not None and adapter.encoder is not None
+    states = []
+    keys = folded_keys(policy, evicted).split(block, dim=2)
+    for block_keys, block_values in zip(keys, evicted.values.split(block, dim=2), strict=True):
+        state = adapter.encoder.fold(state, block_keys, block_values)
+        states.append(state)
+    return torch.stack(states, dim=2)
 
 
 def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, "layers batch evicted kv_dim"]:

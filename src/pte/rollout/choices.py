@@ -43,13 +43,17 @@ class EvictionChoices:
         self.observed_queries = policy.eviction.needs.attention if self.records else None
         self.chosen: list[Int[Tensor, "sequences evicted"]] = []
 
-    def observer(self, prompt_tokens: int) -> AttentionObserver | None:
-        """What a stretch that leads to an eviction is watched by; prompt tokens, which come first, do not count."""
+    def observer(self, queries: Int[Tensor, "sequences tokens"]) -> AttentionObserver | None:
+        """What a stretch that leads to an eviction is watched by.
+
+        Args:
+            queries: Index of the stretch's reasoning tokens; a prompt's do not count.
+        """
         if self.observed_queries is None:
             return None
         needs = self.policy.eviction.needs
-        first_query = -needs.last_queries if self.observed_queries == "last" else prompt_tokens
-        return AttentionObserver(first_query=first_query, below_average=needs.below_average)
+        last = queries[:, -needs.last_queries :] if self.observed_queries == "last" else queries
+        return AttentionObserver(queries=last, below_average=needs.below_average)
 
     def plan(
         self, cache: BoundedCache, stretch: Stretch
@@ -126,17 +130,20 @@ def note_attention(
     received: Float[Tensor, "sequences keys"],
     *,
     slots: Int[Tensor, "sequences tokens"],
+    columns: Int[Tensor, "sequences tokens"],
     first: bool,
 ) -> None:
-    """Puts what a stretch's queries gave to [slots | tokens of the stretch] where the tokens lie.
+    """Puts what a stretch's queries gave where the tokens lie.
 
     Args:
         cache: Holds the tokens of the stretch already.
-        received: Sums over the queries, layers and heads.
-        slots: Of the stretch's tokens, counted over prompt and window; nothing else lies in them.
-        first: The first stretch, whose keys are the prompt's and its own alone.
+        received: Sums over the queries, layers and heads: of [slots | tokens of the stretch], in the first stretch
+            of its own tokens alone.
+        slots: Of the stretch's reasoning tokens, counted over prompt and window; nothing else lies in them.
+        columns: Where these tokens stand in `received`.
+        first: The first stretch.
     """
     window = torch.zeros_like(cache.free_slots, dtype=received.dtype)
     if not first:
         window += received[:, cache.prompt_slots : cache.positions.shape[1]]
-    cache.add_attention(window.scatter(1, slots - cache.prompt_slots, received[:, -slots.shape[1] :]))
+    cache.add_attention(window.scatter(1, slots - cache.prompt_slots, received.gather(1, columns)))

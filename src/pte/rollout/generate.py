@@ -1,8 +1,10 @@
 """Prompts to completions under the bounded policy, in fixed slots that are refilled as sequences finish.
 
-Decides: the order of work of one token (`step`: evict and fold where due, one forward, one draw), prefilling a
-group's prompt once, refilling finished slots, and dropping idle rows once no prompt is left. The cache never grows.
-Does not know: rewards, gradients, text.
+Decides: the order of work (`step`: evict and fold where due, then tokens until the host has to look again), prefilling
+a group's prompt once, refilling finished slots, and dropping idle rows once no prompt is left. The cache never grows.
+The schedule is a function of indices that the host counts by itself; what it cannot know is which rows have stopped,
+so it looks before every eviction and, on CUDA, at least every `LOOK_EVERY_TOKENS` tokens.
+Does not know: rewards, gradients, text, how a token is computed (`token_step`).
 
 Paper: Section 3, rollouts from pi^D. Deviation: evictions happen before the token that needs the room, which already
 reads the new state.
@@ -10,58 +12,52 @@ reads the new state.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
-from pte.method.attention import DecodeAttention, StretchAttention, stretch_mask
-from pte.method.cache import BoundedCache
 from pte.method.eviction.policy import kept_tokens
-from pte.method.observe import AttentionObserver
 from pte.model.decode import DecodeStep
 from pte.model.load import check_positions
-from pte.model.segment import adapter_weights, first_state, fold, read_state, run_layers
-from pte.rollout.record import Rollout, RolloutRequest, right_pad
-from pte.rollout.sampling import draw_tokens, stream_uniforms, token_logprobs
+from pte.model.segment import adapter_weights, first_state, fold
+from pte.rollout.buffers import DecodeBuffers
+from pte.rollout.prefill import PromptReader
+from pte.rollout.record import Rollout, RolloutRequest
+from pte.rollout.sampling import stream_uniforms
+from pte.rollout.token_step import StateControl, TokenStep
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Int
     from torch import Tensor
 
     from pte.model.policy import BoundedPolicy
 
-StateControl = Literal["own", "zeroed", "shuffled"]
-PREFILL_TOKENS = 16384
-COMPACT_BELOW_FRACTION = 0.75
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """A prompt that has been read once for all sequences that share it."""
-
-    keys: Float[Tensor, "layers kv_heads tokens head_dim"]
-    values: Float[Tensor, "layers kv_heads tokens head_dim"]
-    logprobs: Float[Tensor, " vocab"]
+LOOK_EVERY_TOKENS = 8
+EVICTED_NUMBERS = 2**26
+"""Keys that one fold takes at most, over layers, rows and tokens: they and what is made of them need about 1 GB."""
+COMPACT_BELOW_FRACTION = {"cpu": 0.75, "cuda": 0.5}
+"""On CUDA a new size costs a new graph, and a step of half the rows more than half the time."""
 
 
 @dataclass
 class RunningSequence:
-    """Host-side account of the sequence in one slot; its first token is drawn as it is admitted."""
+    """Host-side account of the sequence in one row.
+
+    Args:
+        order: Of its request.
+        request: What it completes.
+        entering: Reasoning index of the token that enters next, if it still runs.
+        evicted: Reasoning indices that left at each eviction, where they are recorded.
+    """
 
     order: int
     request: RolloutRequest
-    tokens: list[int]
+    entering: int = 0
     evicted: list[Tensor] = field(default_factory=list)
-
-    @property
-    def entering(self) -> int:
-        """Reasoning index of the token that enters next."""
-        return len(self.tokens) - 1
 
 
 class RolloutEngine:
@@ -109,6 +105,8 @@ class RolloutEngine:
         self.peak_cache_bytes = 0
         self.peak_state_bytes = 0
         self.decode_steps = 0
+        self.look_every_tokens = LOOK_EVERY_TOKENS if policy.device.type == "cuda" else 1
+        self.path = ""
 
     @torch.no_grad()
     def run(
@@ -136,11 +134,7 @@ class RolloutEngine:
             completion_tokens=self.max_new_tokens,
             allow_beyond_trained_positions=self.allow_beyond_trained_positions,
         )
-        self.start(min(self.slots, len(requests)), prompt_slots=longest)
-        self.queue = deque(enumerate(requests))
-        self.waiting = Counter(request.prompt_ids for request in requests)
-        self.prefilled: dict[tuple[int, ...], Prefilled] = {}
-        self.results: dict[int, Rollout] = {}
+        self.start(min(self.slots, len(requests)), requests)
         self.on_finish = on_finish
         try:
             self.refill()
@@ -154,238 +148,199 @@ class RolloutEngine:
 
     def release(self) -> None:
         """Frees what `start` allocated, so that nothing of a rollout is held while an update runs."""
-        for name in ("cache", "states", "reads", "first", "uniforms", "logprobs", "weights", "decode"):
+        for name in ("buffers", "first", "reader", "decode", "token_step"):
             delattr(self, name)
-        self.prefilled = {}
 
-    def start(self, rows: int, *, prompt_slots: int) -> None:
-        """Allocates the slots."""
-        policy, device = self.policy, self.policy.device
-        self.cache = BoundedCache.allocate(
-            policy.cache_shape,
-            batch=rows,
+    def start(self, rows: int, requests: Sequence[RolloutRequest]) -> None:
+        """Allocates the slots and what every step needs."""
+        policy = self.policy
+        prompts = [request.prompt_ids for request in requests]
+        prompt_slots = max(map(len, prompts))
+        weights = adapter_weights(policy)
+        self.queue = deque(enumerate(requests))
+        self.results: dict[int, Rollout] = {}
+        self.running: list[RunningSequence | None] = [None] * rows
+        self.first = first_state(policy)
+        self.buffers = DecodeBuffers.allocate(
+            policy,
+            rows=rows,
             prompt_slots=prompt_slots,
-            window_slots=policy.schedule.kept_tokens(self.max_new_tokens),
-            dtype=policy.dtype,
-            device=device,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            first=self.first,
         )
         needs = policy.eviction.needs
         self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
         if self.observes and needs.attention is not None:
-            self.cache.track_attention(needs.attention)
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.cache.kv_bytes)
-        self.running: list[RunningSequence | None] = [None] * rows
-        self.current = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.entered = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.uniforms = torch.zeros(rows, self.max_new_tokens, device=device)
-        self.logprobs = torch.zeros(rows, self.max_new_tokens, dtype=torch.float32, device=device)
-        if policy.dtype == torch.float64:
-            self.logprobs = self.logprobs.double()
-        self.stream_seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.weights = adapter_weights(policy)
-        self.decode = DecodeStep(policy, self.weights, num_positions=prompt_slots + self.max_new_tokens)
-        first = first_state(policy)
-        self.first = first
-        self.states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
-        self.reads = read_state(policy, self.states)
-        self.peak_state_bytes = max(self.peak_state_bytes, 0 if self.states is None else self.states.nbytes)
+            self.buffers.cache.track_attention(needs.attention)
+        self.reader = PromptReader(
+            policy,
+            prompts,
+            weights=weights,
+            first=self.first,
+            state_control=self.state_control,
+            temperature=self.temperature,
+        )
+        self.decode = DecodeStep(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
+        self.make_token_step()
+        self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
+        states = self.buffers.states
+        self.peak_state_bytes = max(self.peak_state_bytes, 0 if states is None else states.nbytes)
+
+    def make_token_step(self) -> None:
+        """The step over the rows that there are."""
+        self.token_step = TokenStep(
+            self.policy,
+            self.buffers,
+            forward=self.decode,
+            temperature=self.temperature,
+            state_control=self.state_control,
+            observes=self.observes,
+        )
+        self.path = self.token_step.path
 
     def refill(self) -> None:
-        """Puts waiting requests into free slots until no slot or no request is left."""
+        """Puts waiting requests into free rows until no row or no request is left."""
         while self.queue and (free := [row for row, sequence in enumerate(self.running) if sequence is None]):
             admitted = [(row, *self.queue.popleft()) for row in free[: len(self.queue)]]
-            self.prefill([request.prompt_ids for _, _, request in admitted])
+            self.reader.read([request.prompt_ids for _, _, request in admitted])
             self.admit(admitted)
-
-    def prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Reads prompts that have not been read yet, a bounded number of tokens at a time."""
-        unread = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prefilled]
-        while unread:
-            count = max(1, PREFILL_TOKENS // max(map(len, unread)))
-            self.prefill_batch(unread[:count])
-            unread = unread[count:]
-
-    @timed("prefill")
-    def prefill_batch(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Reads right-padded prompts in one forward under the first state."""
-        policy, device = self.policy, self.policy.device
-        tokens = right_pad(prompts).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        nothing = torch.zeros(len(prompts), 1, 0, dtype=torch.bool, device=device)
-        mask = stretch_mask(nothing, positions < lengths[:, None], dtype=policy.dtype)
-        attention = StretchAttention(None, None, mask=mask, segments=1)
-        first = None if self.first is None else self.first[:, None].expand(-1, len(prompts), -1, -1)
-        reads = self.controlled(read_state(policy, first))
-        hidden = run_layers(
-            policy, tokens, positions=positions, attention=attention, states=reads, weights=self.weights
-        )
-        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(last), self.temperature)
-        layers = range(len(attention.new_keys))
-        keys = torch.stack([attention.new_keys[layer] for layer in layers])
-        values = torch.stack([attention.new_values[layer] for layer in layers])
-        for index, prompt in enumerate(prompts):
-            end = len(prompt)
-            self.prefilled[prompt] = Prefilled(
-                keys=keys[:, index, :, :end], values=values[:, index, :, :end], logprobs=logprobs[index]
-            )
+            self.finish_stopped()
 
     def admit(self, admitted: Sequence[tuple[int, int, RolloutRequest]]) -> None:
-        """Starts sequences in free slots and draws their first tokens.
+        """Starts sequences in free rows and draws their first tokens.
 
         Args:
-            admitted: Slot, order and request of each.
+            admitted: Row, order and request of each.
         """
-        device = self.policy.device
+        buffers, device = self.buffers, self.policy.device
         rows = torch.tensor([row for row, _, _ in admitted], device=device)
-        prompts = [self.prefilled[request.prompt_ids] for _, _, request in admitted]
-        for row, (_, _, request), prompt in zip(rows.tolist(), admitted, prompts, strict=True):
-            self.cache.place_prompt(
+        requests = [request for _, _, request in admitted]
+        logprobs = []
+        for row, order, request in admitted:
+            prompt = self.reader.take(request.prompt_ids)
+            buffers.cache.place_prompt(
                 torch.tensor([row], device=device),
                 prompt.keys[:, None],
                 prompt.values[:, None],
                 lengths=torch.tensor([len(request.prompt_ids)], device=device),
             )
-            self.uniforms[row] = stream_uniforms(request.stream_seed, self.max_new_tokens).to(device)
-            self.stream_seeds[row] = request.stream_seed
-            self.waiting[request.prompt_ids] -= 1
-            if not self.waiting[request.prompt_ids]:
-                del self.prefilled[request.prompt_ids]
-        self.entered[rows] = 0
-        if self.states is not None and self.first is not None and self.reads is not None:
-            self.states[:, rows] = self.first[:, None]
-            self.reads[:, rows] = self.read(self.first[:, None])
-        logprobs = torch.stack([prompt.logprobs for prompt in prompts])
-        drawn = draw_tokens(logprobs, self.uniforms[rows, 0], greedy=self.temperature == 0)
-        self.current[rows] = drawn
-        self.logprobs[rows, 0] = logprobs.gather(1, drawn[:, None])[:, 0]
-        for (row, order, request), token in zip(admitted, drawn.tolist(), strict=True):
-            self.running[row] = RunningSequence(order=order, request=request, tokens=[token])
-            self.finish_if_done(row)
+            logprobs.append(prompt.logprobs)
+            self.running[row] = RunningSequence(order=order, request=request)
+        if self.first is not None:
+            buffers.set_states(self.policy, rows, self.first[:, None].expand(-1, len(admitted), -1, -1))
+        uniforms = [stream_uniforms(request.stream_seed, self.max_new_tokens) for request in requests]
+        buffers.admit(
+            rows,
+            torch.stack(logprobs),
+            uniforms=torch.stack(uniforms).to(device),
+            stream_seeds=torch.tensor([request.stream_seed for request in requests], device=device),
+            greedy=self.temperature == 0,
+        )
+
+    def step(self) -> None:
+        """Evictions that are due, then tokens for every running sequence until the host has to look again."""
+        self.evict_where_due()
+        self.decode_tokens()
+        self.finish_stopped()
 
     @timed("decode")
-    def step(self) -> None:
-        """One token for every running sequence."""
-        policy = self.policy
-        live = [sequence is not None for sequence in self.running]
-        self.evict_where_due()
-        alive = None if all(live) else torch.tensor(live, device=self.current.device).long()
-        positions = self.cache.prompt_lengths + self.entered
-        slots = self.cache.take_slots(positions[:, None], live=alive)[:, 0]
-        longest = max(sequence.entering for sequence in self.running if sequence is not None)
+    def decode_tokens(self) -> None:
+        """As many tokens as need no eviction and no look."""
+        running = [sequence for sequence in self.running if sequence is not None]
+        longest = max(sequence.entering for sequence in running)
+        ends_in = self.max_new_tokens - 1 - min(sequence.entering for sequence in running)
+        tokens = min(self.look_every_tokens, ends_in)
+        for sequence in running:
+            due = self.policy.schedule.tokens_until_eviction(sequence.entering)
+            tokens = tokens if due is None else min(tokens, due)
+        for offset in range(tokens):
+            self.token_step(longest=longest + offset, observed=self.observed_rows(offset))
+        for sequence in running:
+            sequence.entering += tokens
+        self.decode_steps += tokens
+
+    def observed_rows(self, offset: int) -> Bool[Tensor, " rows"] | None:
+        """Rows whose query of the token after `offset` more is asked about at their next eviction; None for none."""
+        if not self.observes:
+            return None
         observed = [
-            sequence is not None and self.observes and policy.observes(sequence.entering) for sequence in self.running
+            sequence is not None and self.policy.observes(sequence.entering + offset) for sequence in self.running
         ]
-        observer = AttentionObserver(below_average=policy.eviction.needs.below_average) if any(observed) else None
-        attention = DecodeAttention(
-            self.cache,
-            slots,
-            attended_slots=min(self.cache.prompt_slots + longest + 1, self.cache.positions.shape[1]),
-            dtype=policy.dtype,
-            observer=observer,
-        )
-        states = self.controlled(self.reads)
-        hidden = self.decode(self.current, positions=positions, attention=attention, states=states)
-        if observer is not None:
-            received = observer.take()[:, self.cache.prompt_slots :]
-            missing = self.cache.free_slots.shape[1] - received.shape[1]
-            counts = torch.tensor(observed, device=received.device)
-            received = torch.where(counts[:, None], received, 0)
-            self.cache.add_attention(functional.pad(received, (0, missing)))
-        logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), self.temperature)
-        self.entered += 1 if alive is None else alive
-        column = self.entered[:, None]
-        drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=self.temperature == 0)
-        self.current = drawn
-        self.logprobs.scatter_(1, column, logprobs.gather(1, drawn[:, None]))
-        self.decode_steps += 1
-        for row, token in enumerate(drawn.tolist()):
-            sequence = self.running[row]
-            if sequence is not None:
-                sequence.tokens.append(token)
-                self.finish_if_done(row)
+        return torch.tensor(observed, device=self.policy.device) if any(observed) else None
 
     def evict_where_due(self) -> None:
-        """Folds and evicts a block in every sequence whose next token needs the room."""
-        schedule = self.policy.schedule
+        """Folds and evicts a block in every sequence whose next token needs the room, some rows at a time."""
+        schedule, shape = self.policy.schedule, self.policy.cache_shape
         due = [
-            row
+            (row, sequence)
             for row, sequence in enumerate(self.running)
             if sequence is not None and schedule.evicts_at(sequence.entering)
         ]
-        if not due:
-            return
-        assert schedule.evict_tokens is not None
-        device = self.current.device
-        rows = torch.tensor(due, device=device)
-        indices = [
-            schedule.evictions_before(sequence.entering) - 1
-            for row in due
-            if (sequence := self.running[row]) is not None
-        ]
-        eviction = self.policy.eviction
+        if due and schedule.evict_tokens is not None:
+            size = max(1, EVICTED_NUMBERS // (shape.layers * schedule.evict_tokens * shape.kv_dim))
+            for start in range(0, len(due), size):
+                self.evict(due[start : start + size], evict_tokens=schedule.evict_tokens)
+
+    def evict(self, due: Sequence[tuple[int, RunningSequence]], *, evict_tokens: int) -> None:
+        """Folds and evicts a block in each of the given rows."""
+        schedule, eviction, buffers = self.policy.schedule, self.policy.eviction, self.buffers
+        device = self.policy.device
+        rows = torch.tensor([row for row, _ in due], device=device)
+        indices = [schedule.evictions_before(sequence.entering) - 1 for _, sequence in due]
         kept = kept_tokens(
-            self.cache,
+            buffers.cache,
             eviction.needs,
             rows=rows,
             eviction_index=torch.tensor(indices, device=device),
-            stream_seeds=self.stream_seeds[rows],
+            stream_seeds=buffers.stream_seeds[rows],
         )
-        evicted = self.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=schedule.evict_tokens))
+        evicted = buffers.cache.evict(rows, eviction.evicted_slots(kept, evict_tokens=evict_tokens))
         if self.policy.records_evictions:
-            left = (evicted.positions - self.cache.prompt_lengths[rows, None]).cpu()
-            for row, tokens in zip(due, left, strict=True):
-                if (sequence := self.running[row]) is not None:
-                    sequence.evicted.append(tokens)
-        if self.states is not None and self.reads is not None and self.folds:
-            updated = fold(self.policy, self.states[:, rows], evicted)
-            self.states[:, rows] = updated
-            self.reads[:, rows] = self.read(updated)
-
-    def read(self, states: Float[Tensor, "layers rows rank rank"]) -> Float[Tensor, "layers rows rank rank"]:
-        """What the adapters read of running states."""
-        reads = read_state(self.policy, states)
-        assert reads is not None
-        return reads
+            left = (evicted.positions - buffers.cache.prompt_lengths[rows, None]).cpu()
+            for (_, sequence), tokens in zip(due, left, strict=True):
+                sequence.evicted.append(tokens)
+        if buffers.states is not None and self.folds:
+            buffers.set_states(self.policy, rows, fold(self.policy, buffers.states[:, rows], evicted))
 
     @property
     def folds(self) -> bool:
         """True when evictions change the state."""
         return self.policy.adapter is not None and self.policy.adapter.folds
 
-    def controlled(
-        self, reads: Float[Tensor, "layers rows rank rank"] | None
-    ) -> Float[Tensor, "layers rows rank rank"] | None:
-        """The states that the adapters read, under the control that is set."""
-        if reads is None or self.state_control == "own":
-            return reads
-        return torch.zeros_like(reads) if self.state_control == "zeroed" else reads.roll(1, dims=1)
-
-    def finish_if_done(self, row: int) -> None:
-        """Ends the sequence in a slot after a stop token or at the longest completion, and frees the slot."""
-        sequence = self.running[row]
-        assert sequence is not None
-        stopped = sequence.tokens[-1] in self.stop_token_ids
-        count = len(sequence.tokens)
-        if not stopped and count < self.max_new_tokens:
+    def finish_stopped(self) -> None:
+        """Looks which rows have stopped, hands their rollouts over, and frees them."""
+        buffers = self.buffers
+        stops = buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
+        stopped = [
+            (row, sequence, (sequence.entering if stop < 0 else stop) + 1)
+            for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True))
+            if sequence is not None and (stop >= 0 or sequence.entering + 1 == self.max_new_tokens)
+        ]
+        if not stopped:
             return
-        norm = 0.0 if self.states is None else self.states[:, row].float().norm(dim=(1, 2)).mean().item()
-        rollout = Rollout(
-            prompt_ids=sequence.request.prompt_ids,
-            completion_ids=tuple(sequence.tokens),
-            rollout_logprobs=self.logprobs[row, :count].clone().cpu(),
-            finish_reason="stop" if stopped else "length",
-            stream_seed=sequence.request.stream_seed,
-            temperature=self.temperature,
-            evictions=self.policy.schedule.num_evictions(count),
-            state_norm=norm,
-            evicted_tokens=self.recorded(sequence),
-        )
-        self.results[sequence.order] = rollout
-        self.running[row] = None
-        if self.on_finish is not None:
-            self.on_finish(rollout)
+        rows = torch.tensor([row for row, _, _ in stopped], device=self.policy.device)
+        longest = max(count for _, _, count in stopped)
+        tokens, logprobs = buffers.tokens[rows, :longest].tolist(), buffers.logprobs[rows, :longest].cpu()
+        states = buffers.states
+        norms = [0.0] * len(stopped) if states is None else states[:, rows].float().norm(dim=(2, 3)).mean(0).tolist()
+        for place, (row, sequence, count) in enumerate(stopped):
+            completion = tuple(tokens[place][:count])
+            rollout = Rollout(
+                prompt_ids=sequence.request.prompt_ids,
+                completion_ids=completion,
+                rollout_logprobs=logprobs[place, :count].clone(),
+                finish_reason="stop" if completion[-1] in self.stop_token_ids else "length",
+                stream_seed=sequence.request.stream_seed,
+                temperature=self.temperature,
+                evictions=self.policy.schedule.num_evictions(count),
+                state_norm=norms[place],
+                evicted_tokens=self.recorded(sequence),
+            )
+            self.results[sequence.order] = rollout
+            self.running[row] = None
+            if self.on_finish is not None:
+                self.on_finish(rollout)
 
     def recorded(self, sequence: RunningSequence) -> Int[Tensor, "evictions evicted"] | None:
         """What left a sequence at each of its evictions, where the replay cannot know it."""
@@ -400,13 +355,9 @@ class RolloutEngine:
         if self.queue or self.state_control == "shuffled":
             return
         kept = [row for row, sequence in enumerate(self.running) if sequence is not None]
-        if not kept or len(kept) > COMPACT_BELOW_FRACTION * len(self.running):
+        fraction = COMPACT_BELOW_FRACTION["cuda" if self.policy.device.type == "cuda" else "cpu"]
+        if not kept or len(kept) > fraction * len(self.running):
             return
-        rows: Int[Tensor, " rows"] = torch.tensor(kept, device=self.current.device)
-        self.cache = self.cache.compact(rows)
+        self.buffers = self.buffers.compact(torch.tensor(kept, device=self.policy.device))
         self.running = [self.running[row] for row in kept]
-        self.current, self.entered = self.current[rows], self.entered[rows]
-        self.uniforms, self.logprobs = self.uniforms[rows], self.logprobs[rows]
-        self.stream_seeds = self.stream_seeds[rows]
-        if self.states is not None and self.reads is not None:
-            self.states, self.reads = self.states[:, rows], self.reads[:, rows]
+        self.make_token_step()

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.rollout.record import Rollout, collate_rollouts
-from pte.rollout.replay import expanded_first_state
-from pte.rollout.walk import Walk, run_stretch, segment_states
+from pte.rollout.stretch import run_stretch
+from pte.rollout.walk import Walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,42 +72,40 @@ def inspect_rollouts(policy: BoundedPolicy, rollouts: Sequence[Rollout]) -> list
         raise ValueError("inspect_rollouts needs at least 1 rollout, got none; run the engine first")
     order = sorted(range(len(rollouts)), key=lambda row: -len(rollouts[row].completion_ids))
     walk = Walk(policy, collate_rollouts([rollouts[row] for row in order], device=policy.device))
-    state = expanded_first_state(policy, len(rollouts))
-    first = None if state is None else norms(state)[0]
-    state_bytes = None if state is None else state[:, 0].numel() * state.dtype.itemsize
+    first = None if walk.state is None else norms(walk.state)[0]
+    state_bytes = None if walk.state is None else walk.state[:, 0].numel() * walk.state.dtype.itemsize
     evictions: list[list[InspectedEviction]] = [[] for _ in rollouts]
     for stretch in walk.stretches:
-        inputs = walk.enter(stretch)
-        rows = walk.cache.batch
-        state = None if state is None else state[:, :rows]
-        evicted = walk.evict(inputs)
-        indices = [block.positions - walk.cache.prompt_lengths[:, None] for block in evicted]
-        states = None if state is None else segment_states(policy, state, evicted)
-        for number, tokens in enumerate(indices):
-            before_token = stretch.start + number * tokens.shape[1]
+        start = walk.enter(stretch)
+        slots, lengths = start.inputs.evicted_slots, walk.cache.prompt_lengths[:, None]
+        blocks = [] if start.evicted is None else start.evicted.blocks(slots[0].shape[1])
+        previous = start.before
+        for number, block in enumerate(blocks):
+            left = (block.positions - lengths).sort(dim=1).values.tolist()
+            before_token = stretch.start + number * slots[0].shape[1]
             norm = change = None
-            if states is not None and state is not None:
-                norm, change = norms(states[number]), norms(states[number] - (states[number - 1] if number else state))
-            for row, left in enumerate(tokens.sort(dim=1).values.tolist()):
+            if start.states is not None and previous is not None:
+                state = start.states[:, :, number]
+                norm, change, previous = norms(state), norms(state - previous), state
+            for row, tokens in enumerate(left):
                 # A shorter sequence ends inside the stretch; its last token never enters.
                 if before_token < walk.lengths[row] - 1:
                     evictions[row].append(
                         InspectedEviction(
                             before_token=before_token,
-                            evicted_tokens=tuple(left),
+                            evicted_tokens=tuple(tokens),
                             state_norm=None if norm is None else norm[row],
                             state_change=None if change is None else change[row],
                         )
                     )
         _, keys, values = run_stretch(
             policy,
-            inputs,
+            start.inputs,
             cache_keys=walk.cache.keys,
             cache_values=walk.cache.values,
-            states=None if states is None else torch.stack(states, dim=2),
+            states=start.states,
         )
-        state = None if states is None else states[-1]
-        walk.store(stretch, inputs, keys=keys, values=values, graph=False)
+        walk.store(start, keys=keys, values=values)
     inspected = {
         row: InspectedRollout(tuple(found), first, state_bytes) for row, found in zip(order, evictions, strict=True)
     }

@@ -1,10 +1,11 @@
-"""The same walk as the rollout, a stretch at a time: what enters, who is kept, what is evicted, what is scored.
+"""The same walk as the rollout, a stretch at a time: what enters, who is kept, what is evicted, which state is read.
 
-Decides: how a padded batch becomes the inputs of each stretch's parallel forward, and the pure forward itself
-(`run_stretch`), which takes caches and states as arguments. Does not know gradients: `replay` drives it.
+Decides: how a padded batch becomes the inputs of each stretch's parallel forward, and what happens between stretches:
+rows that have ended leave, blocks are evicted and folded, new keys and values take their slots. Does not know
+gradients: `replay` drives it, and what is folded or stored under a graph carries that graph on.
 Sequences come sorted by length, longest first, so that those still running are the first rows.
 
-Paper: pi^D(y_t | C_t^D) for all t of a stretch at once.
+Paper: pi^D(y|p) = prod_t pi(y_t | C_t^D), walked from the first token to the last.
 """
 
 from __future__ import annotations
@@ -13,57 +14,43 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from pte.method.attention import StretchAttention, stretch_mask
+from pte.method.attention import stretch_mask
 from pte.method.cache import BoundedCache, EvictedTokens
-from pte.model.segment import adapter_weights, fold, read_state, run_layers
+from pte.model.segment import first_state, fold_blocks
 from pte.rollout.choices import EvictionChoices, note_attention
-from pte.rollout.sampling import token_logprobs
+from pte.rollout.stretch import StretchInputs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from pte.method.observe import AttentionObserver
     from pte.method.schedule import Stretch
     from pte.model.policy import BoundedPolicy
     from pte.rollout.record import ReplayBatch
 
-LOGITS_PER_CHUNK = 2**24
-
 
 @dataclass(frozen=True)
-class StretchInputs:
-    """What one parallel forward of a stretch needs besides keys, values and states.
+class StretchStart:
+    """A stretch whose evictions are done and whose tokens have not entered yet.
 
     Args:
-        token_ids: One row per segment of each sequence, in the order sequence, segment.
-        positions: Absolute, of the same tokens.
-        mask: Over [cache slots | tokens of the stretch], 0 or -inf.
-        segments: Segments per sequence.
-        prompt_tokens: Leading tokens of each row that belong to the prompt; 0 after the first stretch.
-        evicted_slots: Window slots of each eviction in the stretch, in order.
-        observer: Sums the attention that the next eviction's choice needs, or None.
-        scored: Flat indices (sequence x tokens) of the tokens whose outputs are scored.
-        targets: The completion tokens that they predict.
-        places: Flat indices (batch row x completion) of those tokens.
+        stretch: Which one.
+        inputs: Of its forward.
+        evicted: What left the cache, one eviction behind the other; None in the first stretch.
+        before: Running state before these evictions, of the sequences that are still active; None without a state.
+        states: Running state of each segment; None without a state.
     """
 
-    token_ids: Int[Tensor, "rows segment_tokens"]
-    positions: Int[Tensor, "rows segment_tokens"]
-    mask: Float[Tensor, "sequences 1 tokens keys"]
-    segments: int
-    prompt_tokens: int
-    evicted_slots: list[Int[Tensor, "sequences evicted"]]
-    observer: AttentionObserver | None
-    scored: Int[Tensor, " scored"]
-    targets: Int[Tensor, " scored"]
-    places: Int[Tensor, " scored"]
+    stretch: Stretch
+    inputs: StretchInputs
+    evicted: EvictedTokens | None
+    before: Float[Tensor, "layers sequences rank rank"] | None
+    states: Float[Tensor, "layers sequences segments rank rank"] | None
 
 
 class Walk:
-    """The cache and the bookkeeping of a batch on its way through the stretches.
+    """The cache, the state and the bookkeeping of a batch on its way through the stretches.
 
     Args:
         policy: The bounded policy.
@@ -74,16 +61,21 @@ class Walk:
         self.policy = policy
         self.batch = batch
         self.lengths: list[int] = batch.completion_lengths.tolist()
-        self.stretches = batch_stretches(policy, batch)
+        self.prompt_lengths: list[int] = batch.prompt_lengths.tolist()
+        # The last token of a completion never enters.
+        self.stretches = tuple(
+            policy.schedule.stretches(self.lengths[0] - 1, segments_per_stretch=policy.segments_per_stretch)
+        )
         self.cache = BoundedCache.allocate(
             policy.cache_shape,
             batch=len(self.lengths),
-            prompt_slots=batch.prompt_ids.shape[1],
+            prompt_slots=batch.prompt_ids.shape[1] if len(self.stretches) > 1 else 0,
             window_slots=policy.schedule.kept_tokens(self.lengths[0]) if len(self.stretches) > 1 else 0,
             dtype=policy.dtype,
             device=batch.prompt_ids.device,
         )
         self.cache.prompt_lengths = batch.prompt_lengths
+        self.state = expanded_first_state(policy, len(self.lengths))
         self.choices = EvictionChoices(policy, batch)
         if self.choices.observed_queries is not None and len(self.stretches) > 1:
             self.cache.track_attention(self.choices.observed_queries)
@@ -94,259 +86,177 @@ class Walk:
             return len(self.lengths)
         return sum(length - 1 > stretch.start for length in self.lengths)
 
-    def enter(self, stretch: Stretch) -> StretchInputs:
-        """Inputs of a stretch, given the cache at its start; keeps the rows that are still active."""
+    def enter(self, stretch: Stretch) -> StretchStart:
+        """Goes on to the next stretch: keeps the rows that are still active, evicts and folds."""
         active = self.active(stretch)
         if active < self.cache.batch:
             self.cache = self.cache.first(active)
-        return self.first_inputs(stretch) if stretch.start == 0 else self.later_inputs(stretch, active)
+            self.state = None if self.state is None else self.state[:, :active]
+        inputs = self.first_inputs(stretch) if stretch.start == 0 else self.later_inputs(stretch, active)
+        before = self.state
+        evicted = self.evict(inputs)
+        adapter, states = self.policy.adapter, None
+        if before is not None:
+            if evicted is not None and adapter is not None and adapter.folds:
+                states = fold_blocks(self.policy, before, evicted, block=inputs.evicted_slots[0].shape[1])
+                self.state = states[:, :, -1]
+            else:
+                states = before[:, :, None].expand(-1, -1, inputs.segments, -1, -1)
+        return StretchStart(stretch=stretch, inputs=inputs, evicted=evicted, before=before, states=states)
 
     def first_inputs(self, stretch: Stretch) -> StretchInputs:
-        """Prompt and the first reasoning tokens, one segment under the first state."""
+        """Prompts, their first reasoning tokens directly behind them: one segment under the first state."""
         batch = self.batch
-        device = batch.prompt_ids.device
-        rows, prompt = batch.prompt_ids.shape
-        reasoning = torch.arange(stretch.stop, device=device)
-        prompt_index = torch.arange(prompt, device=device).expand(rows, -1)
-        real = torch.cat(
-            (
-                prompt_index < batch.prompt_lengths[:, None],
-                torch.ones(rows, stretch.stop, dtype=torch.bool, device=device),
-            ),
-            dim=1,
-        )
-        nothing = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
-        width = prompt + stretch.stop
-        scored: list[int] = []
-        places: list[int] = []
-        prompt_lengths = batch.prompt_lengths.tolist()
-        for row, length in enumerate(self.lengths):
-            last = min(length - 1, stretch.stop)
-            scored.append(row * width + prompt_lengths[row] - 1)
-            scored.extend(row * width + prompt + token for token in range(last))
-            places.extend(row * batch.completion_ids.shape[1] + token for token in range(last + 1))
+        entered = [min(length - 1, stretch.stop) for length in self.lengths]
+        width = max(prompt + tokens for prompt, tokens in zip(self.prompt_lengths, entered, strict=True))
+        index = torch.arange(width, device=batch.prompt_ids.device).expand(len(entered), -1)
+        prompt_lengths = batch.prompt_lengths[:, None]
+        from_prompt = batch.prompt_ids.gather(1, index.clamp(max=batch.prompt_ids.shape[1] - 1))
+        completed = (index - prompt_lengths).clamp(0, batch.completion_ids.shape[1] - 1)
+        token_ids = torch.where(index < prompt_lengths, from_prompt, batch.completion_ids.gather(1, completed))
+        reasoning = prompt_lengths + torch.arange(stretch.stop, device=index.device)
         return self.inputs(
-            torch.cat((batch.prompt_ids, batch.completion_ids[:, : stretch.stop]), dim=1),
-            torch.cat((prompt_index, batch.prompt_lengths[:, None] + reasoning), dim=1),
-            mask=stretch_mask(nothing, real, dtype=self.policy.dtype),
-            segments=1,
-            stretch=stretch,
+            stretch,
+            token_ids,
+            positions=index,
+            mask=None,
             evicted_slots=[],
-            scored=scored,
-            places=places,
+            reasoning=reasoning.clamp(max=width - 1),
+            scored=self.scored_tokens(
+                [length - 1 for length in self.prompt_lengths],
+                first_target=0,
+                counts=[tokens + 1 for tokens in entered],
+                width=width,
+            ),
         )
 
     def later_inputs(self, stretch: Stretch, active: int) -> StretchInputs:
         """Reasoning tokens of several segments; before each of them a block leaves."""
-        batch, schedule = self.batch, self.policy.schedule
-        assert schedule.evict_tokens is not None
+        batch, block = self.batch, self.policy.schedule.evict_tokens
+        assert block is not None
         device = batch.prompt_ids.device
-        segments, block = stretch.num_segments, schedule.evict_tokens
+        segments = stretch.num_segments
         width = segments * block
         reasoning = torch.arange(stretch.start, stretch.start + width, device=device)
         inside = reasoning.clamp(max=batch.completion_ids.shape[1] - 1)
         evicted_slots, kept = self.choices.plan(self.cache, stretch)
-        scored: list[int] = []
-        places: list[int] = []
-        for row, length in enumerate(self.lengths[:active]):
-            last = min(length - 1, stretch.stop)
-            scored.extend(row * width + token - stretch.start for token in range(stretch.start, last))
-            places.extend(row * batch.completion_ids.shape[1] + token + 1 for token in range(stretch.start, last))
+        everyone = torch.ones(active, width, dtype=torch.bool, device=device)
         return self.inputs(
+            stretch,
             batch.completion_ids[:active, inside].reshape(active * segments, block),
-            (batch.prompt_lengths[:active, None] + reasoning).reshape(active * segments, block),
-            mask=stretch_mask(
-                kept, torch.ones(active, width, dtype=torch.bool, device=device), dtype=self.policy.dtype
-            ),
-            segments=segments,
-            stretch=stretch,
+            positions=(batch.prompt_lengths[:active, None] + reasoning).reshape(active * segments, block),
+            mask=stretch_mask(kept, everyone, dtype=self.policy.dtype),
             evicted_slots=evicted_slots,
-            scored=scored,
-            places=places,
+            reasoning=torch.arange(stretch.stop - stretch.start, device=device).expand(active, -1),
+            scored=self.scored_tokens(
+                [0] * active,
+                first_target=stretch.start + 1,
+                counts=[min(length - 1, stretch.stop) - stretch.start for length in self.lengths[:active]],
+                width=width,
+            ),
         )
+
+    def scored_tokens(
+        self, first_tokens: list[int], *, first_target: int, counts: list[int], width: int
+    ) -> tuple[Int[Tensor, " scored"], Int[Tensor, " scored"]]:
+        """Flat indices of the tokens that are scored, and of the completion tokens that they predict.
+
+        Args:
+            first_tokens: Of each sequence, the first token of its row that is scored.
+            first_target: Completion token that it predicts.
+            counts: Of each sequence, how many tokens in a row are scored.
+            width: Tokens of a row.
+        """
+        steps = torch.arange(max(counts))
+        inside = steps < torch.tensor(counts)[:, None]
+        rows = torch.arange(len(counts))[:, None]
+        tokens = rows * width + torch.tensor(first_tokens)[:, None] + steps
+        places = rows * self.batch.completion_ids.shape[1] + first_target + steps
+        device = self.batch.prompt_ids.device
+        return tokens[inside].to(device), places[inside].to(device)
 
     def inputs(
         self,
-        token_ids: Int[Tensor, "rows segment_tokens"],
-        positions: Int[Tensor, "rows segment_tokens"],
-        *,
-        mask: Float[Tensor, "sequences 1 tokens keys"],
-        segments: int,
         stretch: Stretch,
+        token_ids: Int[Tensor, "rows segment_tokens"],
+        *,
+        positions: Int[Tensor, "rows segment_tokens"],
+        mask: Float[Tensor, "sequences 1 tokens keys"] | None,
         evicted_slots: list[Int[Tensor, "sequences evicted"]],
-        scored: list[int],
-        places: list[int],
+        reasoning: Int[Tensor, "sequences kept"],
+        scored: tuple[Int[Tensor, " scored"], Int[Tensor, " scored"]],
     ) -> StretchInputs:
         """Stretch inputs with the scored tokens' targets looked up."""
-        device = token_ids.device
-        where = torch.tensor(places, device=device, dtype=torch.int64)
-        prompt_tokens = self.batch.prompt_ids.shape[1] if stretch.start == 0 else 0
+        tokens, places = scored
         return StretchInputs(
             token_ids=token_ids,
             positions=positions,
             mask=mask,
-            segments=segments,
-            prompt_tokens=prompt_tokens,
+            segments=stretch.num_segments,
             evicted_slots=evicted_slots,
-            observer=None if stretch == self.stretches[-1] else self.choices.observer(prompt_tokens),
-            scored=torch.tensor(scored, device=device, dtype=torch.int64),
-            targets=self.batch.completion_ids.reshape(-1)[where],
-            places=where,
+            reasoning=reasoning,
+            observer=None if stretch == self.stretches[-1] else self.choices.observer(reasoning),
+            scored=tokens,
+            targets=self.batch.completion_ids.reshape(-1)[places],
+            places=places,
         )
 
-    def evict(self, inputs: StretchInputs) -> list[EvictedTokens]:
+    def evict(self, inputs: StretchInputs) -> EvictedTokens | None:
         """Takes the blocks of a stretch out of the cache."""
         if not inputs.evicted_slots:
-            return []
+            return None
         rows = torch.arange(self.cache.batch, device=inputs.positions.device)
-        evicted = self.cache.evict(rows, torch.cat(inputs.evicted_slots, dim=1))
-        block = inputs.evicted_slots[0].shape[1]
-        return [
-            EvictedTokens(keys=keys, values=values, positions=positions)
-            for keys, values, positions in zip(
-                evicted.keys.split(block, dim=2),
-                evicted.values.split(block, dim=2),
-                evicted.positions.split(block, dim=1),
-                strict=True,
-            )
-        ]
+        return self.cache.evict(rows, torch.cat(inputs.evicted_slots, dim=1))
 
-    def store(self, stretch: Stretch, inputs: StretchInputs, *, keys: Tensor, values: Tensor, graph: bool) -> None:
+    def store(
+        self,
+        start: StretchStart,
+        *,
+        keys: Float[Tensor, "layers sequences kv_heads tokens head_dim"],
+        values: Float[Tensor, "layers sequences kv_heads tokens head_dim"],
+    ) -> None:
         """Writes what a stretch added into the cache; the last stretch's need not be.
 
+        Where a graph is recorded they are written out of place: gradients flow through what is stored, and what a
+        backward pass computes again finds the cache as it was.
+
         Args:
-            stretch: The stretch.
-            inputs: Its inputs.
-            keys: Post-rotary keys of its tokens, (layers, sequences, kv_heads, tokens, head_dim).
-            values: Values, likewise.
-            graph: Write out of place, so that gradients flow through what is stored (gradient mode `exact`).
+            start: Of the stretch.
+            keys: Post-rotary keys of its tokens.
+            values: Likewise.
         """
+        stretch, inputs, cache = start.stretch, start.inputs, self.cache
         if stretch == self.stretches[-1]:
             return
-        cache, prompt = self.cache, inputs.prompt_tokens
-        sequences = cache.batch
-        if prompt:
-            index = torch.arange(prompt, device=keys.device)
-            cache.positions[:, :prompt] = torch.where(index < self.batch.prompt_lengths[:, None], index, -1)
-        reasoning = self.batch.prompt_lengths[:sequences, None] + torch.arange(
-            stretch.start, stretch.stop, device=keys.device
-        )
-        slots = cache.take_slots(reasoning)
+        prompt_lengths, first = cache.prompt_lengths[:, None], inputs.mask is None
+        slots = cache.take_slots(prompt_lengths + torch.arange(stretch.start, stretch.stop, device=keys.device))
         if inputs.observer is not None:
-            note_attention(cache, inputs.observer.take(), slots=slots, first=bool(prompt))
-        if prompt:
-            index = torch.arange(prompt, device=keys.device).expand(sequences, -1)
-            slots = torch.cat((index, slots), dim=1)
-        where = slots[None, :, None, :, None].expand_as(keys)
-        if graph:
-            cache.keys, cache.values = (
-                cache.keys.scatter(3, where, keys),
-                cache.values.scatter(3, where, values),
-            )
+            behind = 0 if inputs.mask is None else inputs.mask.shape[3] - keys.shape[3]
+            columns = behind + inputs.reasoning
+            note_attention(cache, inputs.observer.take(), slots=slots, columns=columns, first=first)
+        if first:
+            prompt = torch.arange(cache.prompt_slots, device=keys.device).expand(cache.batch, -1)
+            cache.positions[:, : cache.prompt_slots] = torch.where(prompt < prompt_lengths, prompt, -1)
+            slots = torch.cat((prompt, slots), dim=1)
+            tokens = torch.cat((prompt.clamp(max=keys.shape[3] - 1), inputs.reasoning), dim=1)
+            keys, values = (x.gather(3, over_heads(tokens, x)) for x in (keys, values))
+        where = over_heads(slots, keys)
+        if torch.is_grad_enabled():
+            cache.keys, cache.values = cache.keys.scatter(3, where, keys), cache.values.scatter(3, where, values)
         else:
             cache.keys.scatter_(3, where, keys)
             cache.values.scatter_(3, where, values)
 
 
-def batch_stretches(policy: BoundedPolicy, batch: ReplayBatch) -> tuple[Stretch, ...]:
-    """Stretches of a batch's longest completion, whose last token never enters."""
-    entered = int(batch.completion_lengths.max()) - 1
-    return tuple(policy.schedule.stretches(entered, segments_per_stretch=policy.segments_per_stretch))
+def over_heads(
+    index: Int[Tensor, "sequences tokens"], like: Float[Tensor, "layers sequences kv_heads any head_dim"]
+) -> Int[Tensor, "layers sequences kv_heads tokens head_dim"]:
+    """The same tokens in every layer, head and number."""
+    layers, _, kv_heads, _, head_dim = like.shape
+    return index[None, :, None, :, None].expand(layers, -1, kv_heads, -1, head_dim)
 
 
-def run_stretch(
-    policy: BoundedPolicy,
-    inputs: StretchInputs,
-    *,
-    cache_keys: Float[Tensor, "layers sequences kv_heads slots head_dim"],
-    cache_values: Float[Tensor, "layers sequences kv_heads slots head_dim"],
-    states: Float[Tensor, "layers sequences segments rank rank"] | None,
-) -> tuple[
-    Float[Tensor, "sequences tokens hidden"],
-    Float[Tensor, "layers sequences kv_heads tokens head_dim"],
-    Float[Tensor, "layers sequences kv_heads tokens head_dim"],
-]:
-    """Hidden states of a stretch and the keys and values it adds, from its inputs alone.
-
-    Args:
-        policy: Base and adapter.
-        inputs: Tokens, positions, mask.
-        cache_keys: Cache slots at the start of the stretch.
-        cache_values: Likewise.
-        states: Running state of every segment, or None.
-    """
-    first = inputs.prompt_tokens > 0
-    attention = StretchAttention(
-        None if first else cache_keys,
-        None if first else cache_values,
-        mask=inputs.mask,
-        segments=inputs.segments,
-        observer=inputs.observer,
-    )
-    reads = read_state(policy, None if states is None else states.flatten(1, 2))
-    hidden = run_layers(
-        policy,
-        inputs.token_ids,
-        positions=inputs.positions,
-        attention=attention,
-        states=reads,
-        weights=adapter_weights(policy),
-    )
-    layers = range(policy.cache_shape.layers)
-    return (
-        hidden.reshape(inputs.mask.shape[0], -1, hidden.shape[-1]),
-        torch.stack([attention.new_keys[layer] for layer in layers]),
-        torch.stack([attention.new_values[layer] for layer in layers]),
-    )
-
-
-def segment_states(
-    policy: BoundedPolicy, state: Float[Tensor, "layers sequences rank rank"], evicted: list[EvictedTokens]
-) -> list[Float[Tensor, "layers sequences rank rank"]]:
-    """Running state of each segment of a stretch; the last one is the state after the stretch."""
-    if not evicted:
-        return [state]
-    states = []
-    for block in evicted:
-        if policy.adapter is not None and policy.adapter.folds:
-            state = fold(policy, state, block)
-        states.append(state)
-    return states
-
-
-def score(
-    policy: BoundedPolicy,
-    hidden: Float[Tensor, "scored hidden"],
-    *,
-    targets: Int[Tensor, " scored"],
-    temperature: float,
-    with_entropy: bool,
-) -> tuple[Float[Tensor, " scored"], Float[Tensor, " scored"]]:
-    """Log-probs of target tokens and entropies, a chunk of tokens at a time: no (batch, tokens, vocab) tensor.
-
-    Equals: token_logprobs(lm_head(hidden)) gathered at the targets. With gradients, a chunk's logits are computed
-    again in the backward pass when there is more than one chunk.
-
-    Args:
-        policy: Whose language-model head is used.
-        hidden: Final hidden states.
-        targets: Token ids.
-        temperature: Of the distribution.
-        with_entropy: Compute entropies (nats, without gradient); zeros otherwise.
-    """
-    head = policy.base.get_output_embeddings()
-
-    def score_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = token_logprobs(head(hidden), temperature)
-        chosen = logprobs.gather(1, targets[:, None])[:, 0]
-        if not with_entropy:
-            return chosen, torch.zeros_like(chosen)
-        return chosen, -(logprobs.exp() * logprobs).sum(-1).detach()
-
-    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    pieces = list(zip(hidden.split(size), targets.split(size), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        scores = [score_chunk(*piece) for piece in pieces]
-    else:
-        scores = [checkpoint(score_chunk, *piece, use_reentrant=False) for piece in pieces]
-    return torch.cat([chosen for chosen, _ in scores]), torch.cat([entropy for _, entropy in scores])
+def expanded_first_state(policy: BoundedPolicy, batch: int) -> Float[Tensor, "layers batch rank rank"] | None:
+    """The first state for every sequence."""
+    first = first_state(policy)
+    return None if first is None else first[:, None].expand(-1, batch, -1, -1)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.learn.rewards import compute_rewards
-from pte.rollout.generate import RolloutEngine, StateControl
+from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
+from pte.rollout.token_step import StateControl
 from pte.tasks.scoring import avg_at_k, avg_at_k_interval, pass_at_k, wilson_interval
 
 if TYPE_CHECKING:

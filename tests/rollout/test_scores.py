@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from live_bytes import LiveBytes
-from pte.rollout import walk
+from pte.rollout import scores
 from pte.rollout.sampling import token_logprobs
 from tiny import VOCAB, tiny_base, tiny_policy
 
@@ -23,8 +23,8 @@ def test_scores_in_chunks_are_the_scores_at_once(rows: int, monkeypatch: pytest.
     logits = policy.base.get_output_embeddings()(hidden)
     expected = token_logprobs(logits, 0.7).gather(1, targets[:, None])[:, 0]
     entropies = torch.distributions.Categorical(logits=logits / 0.7).entropy()
-    monkeypatch.setattr(walk, "LOGITS_PER_CHUNK", rows * VOCAB)
-    chosen, found = walk.score(policy, hidden, targets=targets, temperature=0.7, with_entropy=True)
+    monkeypatch.setattr(scores, "LOGITS_PER_CHUNK", rows * VOCAB)
+    chosen, found = scores.score(policy, hidden, targets=targets, temperature=0.7, with_entropy=True)
     torch.testing.assert_close(chosen, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(found, entropies, rtol=0, atol=1e-12)
     assert not found.requires_grad
@@ -32,7 +32,7 @@ def test_scores_in_chunks_are_the_scores_at_once(rows: int, monkeypatch: pytest.
     (mine,) = torch.autograd.grad((chosen * weights).sum(), hidden)
     (theirs,) = torch.autograd.grad((expected * weights).sum(), hidden)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-    _, without = walk.score(policy, hidden, targets=targets, temperature=0.7, with_entropy=False)
+    _, without = scores.score(policy, hidden, targets=targets, temperature=0.7, with_entropy=False)
     assert not without.any()
 
 
@@ -41,9 +41,9 @@ def test_no_chunk_of_logits_outlives_its_scores(gradients: bool, monkeypatch: py
     # 200 tokens x 997 words x 8 bytes = 1.6 MB of logits; in chunks of 10 tokens 80 kB, a few of them at a time.
     policy = tiny_policy(base=tiny_base(vocab_size=997), kind=None)
     hidden, targets = hidden_and_targets(policy, 200)
-    monkeypatch.setattr(walk, "LOGITS_PER_CHUNK", 10 * 997)
+    monkeypatch.setattr(scores, "LOGITS_PER_CHUNK", 10 * 997)
     with torch.set_grad_enabled(gradients), LiveBytes() as probe:
-        chosen, _ = walk.score(policy, hidden, targets=targets, temperature=1.0, with_entropy=True)
+        chosen, _ = scores.score(policy, hidden, targets=targets, temperature=1.0, with_entropy=True)
         if gradients:
             torch.autograd.grad(chosen.sum(), hidden)
     assert probe.peak < 200 * 997 * 8 / 2
@@ -52,7 +52,7 @@ def test_no_chunk_of_logits_outlives_its_scores(gradients: bool, monkeypatch: py
 def test_a_bfloat16_head_is_scored_in_float32() -> None:
     policy = tiny_policy(base=tiny_base(dtype=torch.bfloat16), kind=None)
     hidden = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    chosen, entropies = walk.score(
+    chosen, entropies = scores.score(
         policy, hidden, targets=torch.tensor([1, 2, 3, 4]), temperature=1.0, with_entropy=True
     )
     assert chosen.dtype == entropies.dtype == torch.float32

@@ -1,0 +1,178 @@
+"""The device side of the sequences that run: one row each, every tensor of fixed size, nothing read by the host.
+
+Decides: what a row holds between two tokens, how a drawn token is recorded, and where a completion stopped, so that a
+step needs no answer of the host and can be captured once and replayed. A row that has stopped still computes, until it
+is refilled or dropped: what it records lies behind its stop, or in a spare last column, and is never read.
+Does not know: prompts in text, requests, when to evict.
+
+Paper: Section 3, rollouts from pi^D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from pte.method.cache import BoundedCache
+from pte.model.segment import read_state
+from pte.rollout.sampling import draw_tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from pte.model.policy import BoundedPolicy
+
+
+@dataclass
+class DecodeBuffers:
+    """Everything that a step reads and writes.
+
+    Args:
+        cache: Keys, values and positions.
+        current: The token of each row that enters next.
+        entered: Reasoning tokens of each row that have entered; the newest drawn token has this index.
+        stopped_at: Index of the stop token that ended each row's completion, or -1.
+        tokens: Completion so far; the last column is spare.
+        logprobs: Their log-probs when they were drawn, float32 or wider.
+        uniforms: The random stream of each row.
+        stops: Tokens that end a completion.
+        stream_seeds: Where the stream comes from; policies that evict at random take it too.
+        states: Running states, or None without a state.
+        reads: What the adapters read of them, or None.
+    """
+
+    cache: BoundedCache
+    current: Int[Tensor, " rows"]
+    entered: Int[Tensor, " rows"]
+    stopped_at: Int[Tensor, " rows"]
+    tokens: Int[Tensor, "rows columns"]
+    logprobs: Float[Tensor, "rows columns"]
+    uniforms: Float[Tensor, "rows columns"]
+    stops: Int[Tensor, " stops"]
+    stream_seeds: Int[Tensor, " rows"]
+    states: Float[Tensor, "layers rows rank rank"] | None
+    reads: Float[Tensor, "layers rows rank rank"] | None
+
+    @classmethod
+    def allocate(
+        cls,
+        policy: BoundedPolicy,
+        *,
+        rows: int,
+        prompt_slots: int,
+        max_new_tokens: int,
+        stop_token_ids: Iterable[int],
+        first: Float[Tensor, "layers rank rank"] | None,
+    ) -> DecodeBuffers:
+        """Empty rows.
+
+        Args:
+            policy: Sizes, dtype and device.
+            rows: Sequences at once.
+            prompt_slots: Longest prompt.
+            max_new_tokens: Longest completion.
+            stop_token_ids: Tokens that end a completion.
+            first: The state before any eviction, or None.
+        """
+        device = policy.device
+        cache = BoundedCache.allocate(
+            policy.cache_shape,
+            batch=rows,
+            prompt_slots=prompt_slots,
+            window_slots=policy.schedule.kept_tokens(max_new_tokens),
+            dtype=policy.dtype,
+            device=device,
+        )
+        states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
+        reads = read_state(policy, states)
+        return cls(
+            cache=cache,
+            current=torch.zeros(rows, dtype=torch.int64, device=device),
+            entered=torch.zeros(rows, dtype=torch.int64, device=device),
+            stopped_at=torch.full((rows,), -1, dtype=torch.int64, device=device),
+            tokens=torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(
+                rows, max_new_tokens + 1, dtype=torch.promote_types(policy.dtype, torch.float32), device=device
+            ),
+            uniforms=torch.zeros(rows, max_new_tokens + 1, device=device),
+            stops=torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=device),
+            stream_seeds=torch.zeros(rows, dtype=torch.int64, device=device),
+            states=states,
+            reads=reads,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Sequences at once."""
+        return self.current.shape[0]
+
+    def admit(
+        self,
+        rows: Int[Tensor, " admitted"],
+        logprobs: Float[Tensor, "admitted vocab"],
+        *,
+        uniforms: Float[Tensor, "admitted completion"],
+        stream_seeds: Int[Tensor, " admitted"],
+        greedy: bool,
+    ) -> None:
+        """Draws the first token of sequences whose prompts have just been put into rows.
+
+        Args:
+            rows: Where they are.
+            logprobs: Of the token after their prompts.
+            uniforms: Their random streams.
+            stream_seeds: Where these come from.
+            greedy: Take the likeliest.
+        """
+        self.uniforms[rows, :-1] = uniforms
+        self.stream_seeds[rows] = stream_seeds
+        drawn = draw_tokens(logprobs, uniforms[:, 0], greedy=greedy)
+        self.current[rows] = drawn
+        self.entered[rows] = 0
+        self.tokens[rows, 0] = drawn
+        self.logprobs[rows, 0] = logprobs.gather(1, drawn[:, None])[:, 0]
+        self.stopped_at[rows] = self.is_stop(drawn).long() - 1
+
+    def record(self, logprobs: Float[Tensor, "rows vocab"], *, greedy: bool) -> None:
+        """Draws and records the token after the one that has just entered, in place.
+
+        Args:
+            logprobs: Of the next token.
+            greedy: Take the likeliest.
+        """
+        self.entered.add_(1).clamp_(max=self.tokens.shape[1] - 1)
+        column = self.entered[:, None]
+        drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)
+        self.current.copy_(drawn)
+        self.tokens.scatter_(1, column, drawn[:, None])
+        self.logprobs.scatter_(1, column, logprobs.gather(1, drawn[:, None]))
+        if self.stops.shape[0]:
+            stops_here = self.is_stop(drawn) & (self.stopped_at < 0)
+            self.stopped_at.copy_(torch.where(stops_here, self.entered, self.stopped_at))
+
+    def is_stop(self, drawn: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+        """True where a drawn token ends its completion."""
+        return (drawn[:, None] == self.stops).any(1)
+
+    def set_states(
+        self, policy: BoundedPolicy, rows: Int[Tensor, " some"], states: Float[Tensor, "layers _ rank rank"]
+    ) -> None:
+        """Gives rows new running states."""
+        assert self.states is not None and self.reads is not None
+        self.states[:, rows] = states
+        reads = read_state(policy, states)
+        assert reads is not None
+        self.reads[:, rows] = reads
+
+    def compact(self, rows: Int[Tensor, " kept"]) -> DecodeBuffers:
+        """The given rows alone, ascending; what the others held is lost."""
+        kept = {
+            one.name: value[:, rows] if one.name in ("states", "reads") else value[rows]
+            for one in fields(self)
+            if one.name != "stops" and isinstance(value := getattr(self, one.name), torch.Tensor)
+        }
+        return replace(self, cache=self.cache.compact(rows), **kept)
