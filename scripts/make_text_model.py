@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,18 +24,24 @@ from pte.tasks.problems import BOXED_INSTRUCTION, load_problems, render_prompt
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def make_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the given texts, with pad, begin and end tokens."""
+def byte_level_bpe(texts: list[str], *, vocab_size: int, special: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE of the given texts, whose first tokens are the special ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the given texts, with pad, begin and end tokens."""
+    tokenizer = byte_level_bpe(texts, vocab_size=vocab_size, special=SPECIAL)
     begin = tokenizer.token_to_id("<bos>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", begin)])
     return PreTrainedTokenizerFast(

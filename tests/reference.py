@@ -3,7 +3,7 @@
 It shares nothing with the library but the parameters: its own rotary embedding, RMS norm, attention over a Python
 dict of kept tokens, DeltaW = A S B built as a matrix, states as a list. Gradients follow the named modes by
 detaching: `chain` detaches keys and values at the start of every stretch, `horizon` also cuts the chain of states.
-Scores of evicted tokens (H2O, R-KV) are Python sums over every probability that every head gave to every token.
+Scores of evicted tokens are Python sums over every probability that every head gave to every token, and over keys.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Reference:
     def __init__(self, policy, *, gradient_mode="exact", horizon=None, temperature=1.0, stream_seed=0, evicted=None):
         self.followed = evicted  # reasoning tokens of each eviction, given instead of chosen
         self.left = []  # and those that left
-        self.received = {}  # kept reasoning index -> list of (index of the query, probability), over layers and heads
+        # Kept reasoning index -> list of (index of the query, probability, keys it attended to), over layers and heads.
+        self.received = {}
         self.policy, self.base, self.adapter = policy, policy.base, policy.adapter
         self.config = policy.base.config
         self.mode, self.horizon, self.temperature, self.stream_seed = gradient_mode, horizon, temperature, stream_seed
@@ -177,26 +178,55 @@ class Reference:
         kept = sorted(window[0])
         if self.followed is not None:
             return self.followed[evictions]
-        if policy.name in ("h2o", "rkv", "tova"):
-            if policy.name == "rkv":
-                scores = self.joint_scores(kept, window, evictions)
-            else:
-                scores = self.attention_totals(kept, last_only=policy.name == "tova")
+        scored = {
+            "h2o": lambda: self.attention_totals(kept, 0),
+            "scissorhands": lambda: self.low_counts(kept, evictions),
+            "tova": lambda: self.attention_totals(kept, kept[-1]),
+            "snapkv": lambda: self.pooled_votes(kept, policy.recent_tokens),
+            "rkv": lambda: self.joint_scores(kept, window, evictions),
+            "keydiff": lambda: self.distinctness(kept, window),
+        }
+        if policy.name in scored:
+            scores = scored[policy.name]()
             candidates = kept[: len(kept) - policy.recent_tokens]
             return sorted(sorted(candidates, key=lambda n: (scores[n], n))[: schedule.evict_tokens])
         seen = KeptTokens(torch.tensor([kept]), torch.tensor([evictions]), torch.tensor([self.stream_seed]))
         return [kept[slot] for slot in policy.evicted_slots(seen, evict_tokens=schedule.evict_tokens)[0].tolist()]
 
-    def attention_totals(self, kept, last_only):
-        """H2O: all that a token received while it was kept; TOVA: what the last query gave it."""
-        return {n: sum(p for query, p in self.received[n] if query == kept[-1] or not last_only) for n in kept}
+    def attention_totals(self, kept, since):
+        """What each token received from query `since` on. H2O: all while it was kept; TOVA: of the last query."""
+        return {n: sum(p for query, p, _ in self.received[n] if query >= since) for n in kept}
+
+    def last_eviction(self, evictions):
+        """First query after the last eviction: the next happens before token W + evictions * E, that E before."""
+        schedule = self.policy.schedule
+        return schedule.window_tokens + (evictions - 1) * schedule.evict_tokens if evictions else 0
+
+    def low_counts(self, kept, evictions):
+        """Scissorhands: - times a token received less than 1 / keys since the last eviction."""
+        since = self.last_eviction(evictions)
+        return {n: -sum(p < 1 / keys for query, p, keys in self.received[n] if query >= since) for n in kept}
+
+    def pooled_votes(self, kept, recent):
+        """SnapKV: largest vote of the last queries for one of 7 neighbours outside the observation window."""
+        votes, older = self.attention_totals(kept, kept[-recent]), kept[:-recent]
+        return {n: max(votes[m] for m in older[max(0, i - 3) : i + 4]) for i, n in enumerate(older)}
+
+    def distinctness(self, kept, window):
+        """KeyDiff: - cosine of a key and the mean of the unit keys, over layers and heads."""
+        heads, scores = self.policy.cache_shape.kv_heads, dict.fromkeys(kept, 0.0)
+        for index in range(len(self.layers)):
+            for head in range(heads):
+                keys = {n: window[index][n][0].detach().view(heads, -1)[head] for n in kept}
+                units = {n: key / (key @ key).sqrt() for n, key in keys.items()}
+                mean = sum(units.values()) / len(kept)
+                for n in kept:
+                    scores[n] -= float(units[n] @ mean / (mean @ mean).sqrt())
+        return scores
 
     def joint_scores(self, kept, window, evictions):
         """R-KV: 0.1 x share of attention since the last eviction - 0.9 x redundancy of the keys."""
-        schedule = self.policy.schedule
-        # The eviction happens before token W + evictions * E; the one before it happened before token W + ... - E.
-        since = schedule.window_tokens + (evictions - 1) * schedule.evict_tokens if evictions else 0
-        recent = {n: sum(p for query, p in self.received[n] if query >= since) for n in kept}
+        recent = self.attention_totals(kept, self.last_eviction(evictions))
         total = sum(recent.values())
         redundancy = dict.fromkeys(kept, 0.0)
         heads = self.policy.cache_shape.kv_heads
@@ -256,7 +286,7 @@ class Reference:
             probabilities = torch.softmax(scores, 0)
             heads.append(probabilities @ values[:, head // group])
             for n, probability in zip(window, probabilities[len(prompt_cache) :].tolist(), strict=True):
-                self.received.setdefault(n, []).append((token_index, probability))
+                self.received.setdefault(n, []).append((token_index, probability, len(seen)))
         hidden = hidden + self.apply(index, "o_proj", torch.cat(heads), read)
         norm = layer.post_attention_layernorm
         x = rms_norm(hidden, norm.weight, norm.variance_epsilon)

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.keydiff import DistinctKeys
 from pte.method.eviction.random import UniformRandom
 from pte.method.eviction.rkv import RedundantKeys
+from pte.method.eviction.scissorhands import PersistentImportance
 from pte.method.eviction.sinks import AttentionSinks
+from pte.method.eviction.snapkv import ObservationWindow
+from pte.method.eviction.tova import LastQueryAttention
 from pte.method.schedule import Stretch
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
@@ -40,13 +44,18 @@ SETTINGS: dict[str, dict[str, object]] = {
     "h2o, lora": {"eviction": HeavyHitters(2), "kind": "lora"},
     "rkv": {"eviction": RedundantKeys(2)},
     "rkv, no adapter": {"eviction": RedundantKeys(2), "block": 2, "kind": None},
+    "scissorhands": {"eviction": PersistentImportance(1), "block": 2},
+    "tova": {"eviction": LastQueryAttention(), "block": 2},
+    "snapkv": {"eviction": ObservationWindow(2), "window": 12, "block": 2},
+    "snapkv that observes a block": {"eviction": ObservationWindow(3), "window": 9, "block": 3, "update_rule": "paper"},
+    "keydiff": {"eviction": DistinctKeys(0), "block": 2},
     "block as large as the window": {"window": 8, "block": 8},
     "blocks of one token": {"window": 4, "block": 1},
     "window of one token": {"window": 1, "block": 1},
     "full cache": {"window": None},
 }
 # Those whose choice depends on what the model computed, so that rollouts record it.
-SCORED = [name for name in SETTINGS if name.startswith(("h2o", "rkv"))]
+SCORED = [name for name, options in SETTINGS.items() if "eviction" in options and options["eviction"].needs.anything]
 
 
 def requests_for(prompts: Sequence[tuple[int, ...]], *, first_seed: int = 100) -> list[RolloutRequest]:

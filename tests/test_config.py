@@ -177,6 +177,15 @@ def write(directory: Path, text: str) -> Path:
             r"recent_tokens must leave room for a block: recent_tokens \+ evict_tokens \(256\) at most window_tokens "
             r"\(512\), got 257; use at most 256",
         ),
+        (
+            lambda: CacheConfig(policy="snapkv", recent_tokens=257),
+            r"recent_tokens must be from 1 to evict_tokens \(256\) with policy 'snapkv', whose newest tokens observe, "
+            r"got 257; use for example 256, with a window of two blocks or more",
+        ),
+        (
+            lambda: CacheConfig(policy="snapkv", window_tokens=256),
+            r"recent_tokens must be from 1 to evict_tokens \(256\) with policy 'snapkv', whose newest .* got 0; use",
+        ),
         (lambda: RolloutConfig(temperature=0.0), r"temperature must be above 0, got 0.0; use 1.0 \(greedy rollouts"),
         (lambda: RolloutConfig(temperature=-1.0), "temperature must be above 0"),
         (lambda: RolloutConfig(max_new_tokens=0), "max_new_tokens must be at least 1"),
@@ -476,9 +485,17 @@ def test_every_shipped_experiment_loads() -> None:
         ({"policy": "rkv", "window_tokens": 256, "evict_tokens": 256}, 0),
         ({"policy": "h2o", "recent_tokens": 7}, 7),
         ({"policy": "rkv", "recent_tokens": 0}, 0),
+        ({"policy": "scissorhands"}, 10),
+        ({"policy": "scissorhands", "window_tokens": 12, "evict_tokens": 4}, 8),
+        ({"policy": "snapkv"}, 32),
+        ({"policy": "snapkv", "window_tokens": 64, "evict_tokens": 16}, 16),
+        ({"policy": "keydiff"}, 0),
+        ({"policy": "keydiff", "recent_tokens": 9}, 9),
     ],
 )
-def test_half_of_the_budget_is_recent_with_h2o_and_a_block_with_rkv(options: dict[str, object], protected: int) -> None:
+def test_the_default_of_recent_tokens_is_the_policy_s_and_leaves_room_for_a_block(
+    options: dict[str, object], protected: int
+) -> None:
     config = CacheConfig(**options)
     assert config.protected_tokens == protected
     policy = eviction_policy(config)

@@ -15,6 +15,7 @@ from pte.bench.table import bench_table, read_baselines, with_table
 from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS, load_experiment, read_experiment_file
+from pte.method.eviction.registry import POLICIES
 from pte.report.command import read_runs
 from pte.report.page import render_markdown
 from pte.report.sections import build_report
@@ -109,7 +110,9 @@ def pairs(node: ast.Assign) -> list[tuple[str, ast.expr]]:
 READ_BY_A_PROPERTY = {
     ("cache", "window_tokens"): "schedule",
     ("cache", "evict_tokens"): "schedule",
-    ("cache", "recent_tokens"): "protected_tokens",
+    ("cache", "sink_tokens"): "policy_option",
+    ("cache", "recent_tokens"): "policy_option",
+    ("cache", "policy"): "registered",
     ("task", "mixture"): "families",
 }
 
@@ -178,6 +181,13 @@ def test_the_readme_is_at_most_150_lines() -> None:
     if not readme.is_file():
         pytest.skip("there is no README yet")
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_says_of_every_policy_in_a_line_which_tokens_leave() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, table = readme.partition("| eviction policy |")
+    named = re.findall(r"^\| `(\w+)` \| \S", table.partition("\n\n")[0], re.MULTILINE)
+    assert named == [*POLICIES, "none"]
 
 
 def test_the_configuration_has_the_sections_of_its_files() -> None:

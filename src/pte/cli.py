@@ -53,7 +53,8 @@ EXAMPLES = {
     "  pte train configs/gsm8k.toml --dry-run\n  pte train configs/gsm8k.toml --run.name try --run.resume",
     "distill": "pte distill configs/embedded.toml --distill.steps 200 --run.name warm",
     "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
-    "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
+    "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json\n"
+    "  pte eval configs/paper-qwen2.5-3b.toml --suite math6 --data-dir ../shared/data --adapter.kind none",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
     "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n"
     "  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
@@ -94,6 +95,10 @@ class EvalArguments:
     experiment: Flattened
     train_path: str | None = None
     """Training problems of the policy: warns where the evaluation sets overlap with them."""
+    suite: Literal["math6"] | None = None
+    """Score a suite instead of the experiment's sets; `math6`: the six of the paper's tables, AIME as pass@16."""
+    data_dir: str | None = None
+    """Directory with the problem files of the suite."""
     output: str | None = None
     """Write the scores to this JSON file."""
     completions: str | None = None

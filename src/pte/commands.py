@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ from pte.tasks.evaluate import Evaluation, evaluate_session
 from pte.tasks.overlap import overlap_warnings
 from pte.tasks.problems import Problem, load_problems
 from pte.tasks.rollouts_file import ROLLOUTS_FILE, write_rollouts
+from pte.tasks.suites import SUITES, incomplete_sets, set_experiments, suite_experiment, suite_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +106,8 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
     def keep(_: dict[str, Evaluation], done: list[EvaluatedCompletion]) -> None:
         completions[:] = done
 
-    evaluations = evaluate_sets(run.session, config, console, on_set=keep)
+    sets = dict.fromkeys(run.session.task.evaluation, config)
+    evaluations = evaluate_sets(run.session, sets, console, on_set=keep)
     summary = {
         "run": str(run.directory),
         "seconds": time.perf_counter() - started,
@@ -176,17 +178,24 @@ def bar(console: Console) -> Progress:
 
 def evaluate_sets(
     session: Session,
-    config: ExperimentConfig,
+    sets: Mapping[str, ExperimentConfig],
     console: Console,
     *,
     on_set: Callable[[dict[str, Evaluation], list[EvaluatedCompletion]], None] | None = None,
 ) -> dict[str, Evaluation]:
-    """Scores of a session's policy on all evaluation sets of its task; `on_set` gets the scores so far after each."""
+    """Scores of a session's policy on evaluation sets of its task, each as its experiment says.
+
+    Args:
+        session: Policy and task.
+        sets: Their experiments by name.
+        console: For the progress bar.
+        on_set: Gets the scores so far after each set.
+    """
     evaluations: dict[str, Evaluation] = {}
     completions: list[EvaluatedCompletion] = []
-    for name, problems in session.task.evaluation.items():
+    for name, config in sets.items():
         with bar(console) as progress:
-            total = len(problems) * config.eval.samples_per_problem
+            total = len(session.task.evaluation[name]) * config.eval.samples_per_problem
             task = progress.add_task(f"evaluating {name}", total=total)
 
             def on_finish(rollout: Rollout, progress: Progress = progress, task: object = task) -> None:
@@ -201,7 +210,14 @@ def evaluate_sets(
 
 def eval_command(arguments: EvalArguments, console: Console) -> None:
     """Scores as a table and, where asked for, as JSON."""
-    config = arguments.experiment
+    config, suite = arguments.experiment, arguments.suite
+    if (suite is None) != (arguments.data_dir is None):
+        raise ValueError(
+            f"--suite and --data-dir must be given together, got {suite!r} and {arguments.data_dir!r}; use for example "
+            f"--suite math6 --data-dir data"
+        )
+    if suite is not None and arguments.data_dir is not None:
+        config = suite_experiment(config, suite, directory=arguments.data_dir)
     for path in (arguments.output, arguments.completions, arguments.rollouts):
         check_output(path)
     if arguments.rollouts is not None and config.eval.state_control != "own":
@@ -221,16 +237,35 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
 
     def write(evaluations: dict[str, Evaluation], completions: list[EvaluatedCompletion]) -> None:
         if arguments.output is not None:
-            content = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
+            content: dict[str, Json] = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
+            if suite is not None:
+                content[suite] = dict(suite_scores(suite, evaluations))
             replace_synced(Path(arguments.output), json.dumps(content, indent=2).encode())
         if arguments.completions is not None:
             lines = [json.dumps(completion_row(one)) + "\n" for one in completions]
             replace_synced(Path(arguments.completions), "".join(lines).encode())
         if arguments.rollouts is not None:
-            write_rollouts(arguments.rollouts, session.policy, session.task, completions)
+            # The sampled sets of a suite are of another temperature than the others; the viewer's are of one.
+            alike = [one for one in completions if one.rollout.temperature == completions[0].rollout.temperature]
+            write_rollouts(arguments.rollouts, session.policy, session.task, alike)
 
-    evaluations = evaluate_sets(session, config, console, on_set=write)
+    sets = dict.fromkeys(session.task.evaluation, config) if suite is None else set_experiments(config, suite)
+    evaluations = evaluate_sets(session, sets, console, on_set=write)
     console.print(evaluation_table(evaluations.values()))
+    if suite is not None:
+        console.print(suite_table(suite, evaluations))
+        for warning in incomplete_sets(suite, evaluations):
+            console.print(f"[yellow]warning[/]: {warning}")
+
+
+def suite_table(suite: str, evaluations: Mapping[str, Evaluation]) -> Table:
+    """One line, as in the paper's tables: the score of each set in percent, and their average."""
+    table = Table(title=suite)
+    for one in SUITES[suite]:
+        table.add_column(one.title if one.samples is None else f"{one.title} {one.metric}", justify="right")
+    table.add_column("average", justify="right")
+    table.add_row(*(f"{100 * score:.1f}" for score in suite_scores(suite, evaluations).values()))
+    return table
 
 
 def completion_row(one: EvaluatedCompletion) -> dict[str, Json]:

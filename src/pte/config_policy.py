@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pte.config_rules import check_types, require, require_above_zero, require_at_least
+from pte.method.eviction.registry import POLICIES, PolicyName, RegisteredPolicy
 from pte.method.schedule import EvictionSchedule
 
 LinearMap = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,9 +118,9 @@ class AdapterConfig:
 class CacheConfig:
     """The budget of the KV cache. It counts reasoning tokens; the prompt comes on top and is never evicted."""
 
-    policy: Literal["window", "random", "sinks", "h2o", "rkv", "none"] = "window"
-    """Which tokens leave: the oldest, random ones, the oldest but the first few, the least attended (`h2o`), those
-    whose keys repeat others and are hardly attended (`rkv`), or none (the full cache)."""
+    policy: PolicyName = "window"
+    """Which tokens leave: the oldest (`window`), the oldest but the first few, random ones, by a score of attention
+    (`h2o`, `scissorhands`, `tova`, `snapkv`), of keys (`keydiff`) or of both (`rkv`), or none (the full cache)."""
     window_tokens: int = 1024
     """Reasoning tokens kept at most, a multiple of evict_tokens; unused with policy `none`."""
     evict_tokens: int = 256
@@ -127,8 +128,8 @@ class CacheConfig:
     sink_tokens: int = 4
     """First reasoning tokens that never leave; read with policy `sinks` only."""
     recent_tokens: int | None = None
-    """Newest reasoning tokens that do not leave; read with policies `h2o` and `rkv` only. Unset: half the window with
-    `h2o`, one block with `rkv`, and never more than leave room for a block."""
+    """Newest reasoning tokens that do not leave; read with `h2o` (unset: half the window), `scissorhands` (10),
+    `snapkv` (32, at most a block: they observe), `rkv` (a block) and `keydiff` (0). Defaults leave room for a block."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -143,22 +144,42 @@ class CacheConfig:
             remedy=f"use at most {self.window_tokens - self.evict_tokens}, or a larger window",
         )
         require_at_least(0, "recent_tokens", value=self.recent_tokens, remedy="leave it out for the policy's default")
+        protects = self.registered.option == "recent_tokens"
         require(
-            self.policy not in ("h2o", "rkv") or self.protected_tokens + self.evict_tokens <= self.window_tokens,
+            not protects or self.protected_tokens + self.evict_tokens <= self.window_tokens,
             "recent_tokens",
             rule=f"leave room for a block: recent_tokens + evict_tokens ({self.evict_tokens}) at most window_tokens "
             f"({self.window_tokens})",
             value=self.recent_tokens,
             remedy=f"use at most {self.window_tokens - self.evict_tokens}, or a larger window",
         )
+        require(
+            not self.registered.recent_observe or 1 <= self.protected_tokens <= self.evict_tokens,
+            "recent_tokens",
+            rule=f"be from 1 to evict_tokens ({self.evict_tokens}) with policy {self.policy!r}, whose newest tokens "
+            f"observe",
+            value=self.protected_tokens,
+            remedy=f"use for example {self.evict_tokens}, with a window of two blocks or more",
+        )
+
+    @property
+    def registered(self) -> RegisteredPolicy:
+        """What is known of the policy; of the window's, which nobody asks, for the full cache."""
+        return POLICIES["window" if self.policy == "none" else self.policy]
 
     @property
     def protected_tokens(self) -> int:
         """`recent_tokens`, or the default of the policy."""
         if self.recent_tokens is not None:
             return self.recent_tokens
-        default = self.window_tokens // 2 if self.policy == "h2o" else self.evict_tokens
+        default = self.registered.recent_tokens(self.window_tokens, self.evict_tokens)
         return min(default, self.window_tokens - self.evict_tokens)
+
+    @property
+    def policy_option(self) -> int | None:
+        """What the policy is made with; None for one without options."""
+        option = self.registered.option
+        return {None: None, "sink_tokens": self.sink_tokens, "recent_tokens": self.protected_tokens}[option]
 
     @property
     def schedule(self) -> EvictionSchedule:

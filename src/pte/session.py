@@ -18,11 +18,7 @@ from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprin
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.method.adapter import ThoughtAdapter
-from pte.method.eviction.h2o import HeavyHitters
-from pte.method.eviction.random import UniformRandom
-from pte.method.eviction.rkv import RedundantKeys
-from pte.method.eviction.sinks import AttentionSinks
-from pte.method.eviction.window import OldestFirst
+from pte.method.eviction.registry import make_policy
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
 from pte.tasks.chained import embedded_model_dir
@@ -206,15 +202,7 @@ def check_evaluation(session: Session, config: ExperimentConfig) -> None:
 
 def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
     """The eviction policy of a configuration; the full cache never asks it."""
-    if cache.policy == "random":
-        return UniformRandom()
-    if cache.policy == "sinks":
-        return AttentionSinks(cache.sink_tokens)
-    if cache.policy == "h2o":
-        return HeavyHitters(cache.protected_tokens)
-    if cache.policy == "rkv":
-        return RedundantKeys(cache.protected_tokens)
-    return OldestFirst()
+    return make_policy(cache.registered, option=cache.policy_option)
 
 
 def check_no_idle_fields(task: TaskConfig) -> None:

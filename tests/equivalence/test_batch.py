@@ -13,7 +13,8 @@ from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
-SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", "h2o", "rkv"]
+RANKED = ["h2o", "scissorhands", "tova", "snapkv", "rkv", "keydiff"]
+SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", *RANKED]
 
 
 class CountingEngine(RolloutEngine):
@@ -98,7 +99,7 @@ def test_a_stream_decides_a_sequence_s_tokens_and_nothing_else_s() -> None:
     assert rollouts[0].completion_ids != rollouts[1].completion_ids
 
 
-@pytest.mark.parametrize("setting", ["thought", "random eviction", "no adapter", "h2o", "rkv"])
+@pytest.mark.parametrize("setting", ["thought", "random eviction", "no adapter", *RANKED])
 def test_replayed_logprobs_do_not_depend_on_batch_mates(setting: str) -> None:
     policy = tiny_policy("mistral", **SETTINGS[setting])
     completions = random_sequences(7, completion=(1, 30), seed=4)[1]
@@ -124,6 +125,10 @@ def test_replayed_logprobs_do_not_depend_on_batch_mates(setting: str) -> None:
         ("chain", "h2o"),
         ("horizon", "h2o"),
         ("exact", "rkv"),
+        ("chain", "scissorhands"),
+        ("horizon", "snapkv"),
+        ("exact", "tova"),
+        ("chain", "keydiff"),
     ],
 )
 def test_gradients_of_a_batch_are_the_sum_of_its_singles(mode: str, setting: str) -> None:

@@ -70,7 +70,9 @@ def test_replay_is_the_reference_for_every_setting(setting: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [("horizon", 1), ("exact", None)], ids=lambda m: m[0])
-@pytest.mark.parametrize("setting", ["paper rule", "global_only", "lora", "random eviction", "sinks", "h2o", "rkv"])
+@pytest.mark.parametrize(
+    "setting", ["paper rule", "global_only", "lora", "random eviction", "sinks", "h2o", "rkv", "snapkv"]
+)
 def test_settings_are_the_reference_in_every_mode(setting: str, mode: tuple[str, int | None]) -> None:
     check_against_reference(tiny_policy("qwen2", **SETTINGS[setting]), *mode)
 

@@ -10,9 +10,13 @@ import torch
 from live_bytes import LiveBytes
 from pte.method import observe
 from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.keydiff import DistinctKeys
 from pte.method.eviction.policy import KeptTokens, Needs
 from pte.method.eviction.rkv import RedundantKeys
+from pte.method.eviction.scissorhands import PersistentImportance
 from pte.method.eviction.scored import LowestScore, needed
+from pte.method.eviction.snapkv import ObservationWindow
+from pte.method.eviction.tova import LastQueryAttention
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
@@ -26,27 +30,6 @@ PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
 MODES = [("chain", None), ("horizon", 2), ("exact", None)]
 
 
-class Tova(LowestScore):
-    """Of the tests: the tokens that the last query looks at least leave (arXiv 2401.06104)."""
-
-    name = "tova"
-    needs = Needs(attention="last")
-
-    def scores(self, kept: KeptTokens) -> torch.Tensor:
-        return needed(kept.attention_received)
-
-
-class KeyDiff(LowestScore):
-    """Of the tests: the tokens whose keys are most like the mean key leave (arXiv 2504.15364)."""
-
-    name = "keydiff"
-    needs = Needs(keys=True)
-
-    def scores(self, kept: KeptTokens) -> torch.Tensor:
-        keys = needed(kept.keys)
-        return -torch.cosine_similarity(keys, keys.mean(3, keepdim=True), dim=-1).mean((0, 2))
-
-
 class SmallValues(LowestScore):
     """Of the tests: the tokens with the smallest values leave."""
 
@@ -57,7 +40,21 @@ class SmallValues(LowestScore):
         return needed(kept.values).norm(dim=-1).mean((0, 2))
 
 
-PLUG_INS = [Tova(0), KeyDiff(2), SmallValues(1)]
+class ManyQueries(SmallValues):
+    """Of the tests: asks for more queries than a block has."""
+
+    needs = Needs(attention="last", last_queries=5)
+
+
+RANKED = [
+    HeavyHitters(2),
+    PersistentImportance(2),
+    LastQueryAttention(),
+    ObservationWindow(2),
+    RedundantKeys(2),
+    DistinctKeys(2),
+]
+PLUG_INS = [LastQueryAttention(), DistinctKeys(2), ObservationWindow(2), PersistentImportance(1), SmallValues(1)]
 
 
 def rollouts_of(policy: BoundedPolicy, *, slots: int = 3, tokens: int = 26, **options: object) -> list[Rollout]:
@@ -148,9 +145,11 @@ def test_what_a_policy_does_not_need_it_does_not_get(eviction: LowestScore, monk
         assert (kept.values is not None) == eviction.needs.values
 
 
-def test_the_last_query_s_attention_is_the_reference_s() -> None:
-    policy = tiny_policy("qwen2", eviction=Tova(1))
+@pytest.mark.parametrize("setting", SCORED)
+def test_what_leaves_is_what_the_slow_reference_chooses(setting: str) -> None:
+    policy = tiny_policy("qwen2", **SETTINGS[setting])
     rollouts = rollouts_of(policy)
+    assert all(len(rollout.evicted_tokens) >= 4 for rollout in rollouts)
     for rollout in rollouts[:3]:
         reference = Reference(policy, stream_seed=rollout.stream_seed)
         with torch.no_grad():
@@ -248,7 +247,7 @@ def test_a_replay_follows_any_record_and_its_gradient_is_autograd_s(kind: str, m
         assert (one - other).abs().max() < 2e-5 * other.abs().max()
 
 
-@pytest.mark.parametrize("eviction", [HeavyHitters(2), RedundantKeys(2)], ids=lambda e: e.name)
+@pytest.mark.parametrize("eviction", RANKED, ids=lambda e: e.name)
 def test_in_float32_rollout_and_replay_are_one_policy(eviction: LowestScore) -> None:
     base = tiny_base("qwen3", dtype=torch.float32, initializer_range=0.2)
     policy = tiny_policy(base=base, dtype=torch.float32, up_std=0.1, eviction=eviction)
@@ -271,7 +270,7 @@ def test_in_bfloat16_the_record_keeps_rollout_and_replay_one_policy() -> None:
     assert (chosen - recorded(rollouts)).abs().max() > 5e-2
 
 
-@pytest.mark.parametrize("eviction", [HeavyHitters(2), RedundantKeys(2)], ids=lambda e: e.name)
+@pytest.mark.parametrize("eviction", RANKED, ids=lambda e: e.name)
 def test_the_replay_s_window_is_what_the_record_leaves(eviction: LowestScore) -> None:
     policy = tiny_policy(eviction=eviction)
     rollouts = sorted(rollouts_of(policy, tokens=40, stop=(3,)), key=lambda rollout: -len(rollout.completion_ids))
@@ -280,6 +279,47 @@ def test_the_replay_s_window_is_what_the_record_leaves(eviction: LowestScore) ->
         for rollout, held in zip(running, windows, strict=True):
             left = set(rollout.evicted_tokens[: stretch.first_eviction].flatten().tolist())
             assert sorted(held) == sorted(set(range(stretch.start)) - left)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "observed"),
+    [
+        # Evictions come before tokens 8, 12, 16 and 20; token 24 is drawn and never enters.
+        (LastQueryAttention(), [7, 11, 15, 19, 23]),
+        (ObservationWindow(2), [6, 7, 10, 11, 14, 15, 18, 19, 22, 23]),
+        (HeavyHitters(2), list(range(24))),
+        (PersistentImportance(2), list(range(24))),
+        (DistinctKeys(2), []),
+    ],
+    ids=lambda case: case.name if isinstance(case, LowestScore) else "",
+)
+def test_only_the_queries_that_a_policy_asks_for_are_observed(
+    eviction: LowestScore, observed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, steps = tiny_policy(eviction=eviction), []
+    observe_layer, take = observe.AttentionObserver.observe, observe.AttentionObserver.take
+    monkeypatch.setattr(observe.AttentionObserver, "take", lambda self: steps.append(engine.decode_steps) or take(self))
+    engine = RolloutEngine(policy, slots=1, max_new_tokens=25, temperature=1.0, stop_token_ids=())
+    (rollout,) = engine.run([RolloutRequest((3, 4, 5), 1)])
+    assert steps == observed
+    # A replay that chooses for itself observes the same ones, but for those that no eviction follows, and once.
+    seen = []
+
+    def counted(self: observe.AttentionObserver, query: torch.Tensor, key: torch.Tensor, **rest: object) -> None:
+        seen.append(query.shape[2] if self.queries is None else self.queries.shape[1])
+        observe_layer(self, query, key, **rest)
+
+    monkeypatch.setattr(observe.AttentionObserver, "observe", counted)
+    Replay(policy)(replace(collate_rollouts([rollout]), evicted_tokens=None)).policy_logprobs.sum().backward()
+    assert sum(seen) == policy.cache_shape.layers * len([index for index in observed if index < 20])
+
+
+def test_queries_before_the_last_eviction_cannot_be_asked_for() -> None:
+    with pytest.raises(ValueError) as caught:
+        tiny_policy(eviction=ManyQueries(1))
+    assert str(caught.value) == (
+        "last_queries must be from 1 to evict_tokens (4), got 5 of policy 'values'; observe fewer"
+    )
 
 
 def refused_batch(change: str) -> tuple[BoundedPolicy, ReplayBatch]:
@@ -333,7 +373,7 @@ def peak(policy: BoundedPolicy, tokens: int) -> int:
     return probe.peak
 
 
-@pytest.mark.parametrize("eviction", [HeavyHitters(2), RedundantKeys(2)], ids=lambda e: e.name)
+@pytest.mark.parametrize("eviction", RANKED, ids=lambda e: e.name)
 def test_memory_does_not_grow_with_the_completion(eviction: LowestScore) -> None:
     base = tiny_base(dtype=torch.float32, hidden_size=32, max_position_embeddings=4096)
     policy = tiny_policy(base=base, dtype=torch.float32, eviction=eviction, targets=("q_proj", "v_proj"))

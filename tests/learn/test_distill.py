@@ -63,7 +63,7 @@ def test_imitating_traces_brings_their_loss_down() -> None:
     assert losses[-1] < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+@pytest.mark.parametrize("policy", ["h2o", "rkv", "snapkv", "keydiff"])
 @pytest.mark.parametrize("source", ["traces", "teacher"])
 def test_a_warm_start_under_a_policy_that_looks_at_attention_needs_no_record(policy: str, source: str) -> None:
     stage, session = stage_of(cache__policy=policy, distill__source=source)

@@ -55,7 +55,7 @@ def test_rollout_and_replay_are_one_policy_at_every_step(temperature: float) -> 
         assert not equal(before, parameters(session)), "the next step must show the gap of another policy"
 
 
-@pytest.mark.parametrize("policy", ["h2o", "rkv"])
+@pytest.mark.parametrize("policy", ["h2o", "scissorhands", "tova", "snapkv", "rkv", "keydiff"])
 @pytest.mark.parametrize("reference", ["full", "bounded"])
 def test_under_a_policy_that_looks_at_attention_the_gap_is_none(policy: str, reference: str) -> None:
     options = {"train__kl_beta": 0.1, "train__reference": reference, "train__learning_rate": 3e-3}

@@ -7,13 +7,27 @@ from hypothesis import strategies as st
 
 from pte.method.eviction import rkv
 from pte.method.eviction.h2o import HeavyHitters
+from pte.method.eviction.keydiff import DistinctKeys
 from pte.method.eviction.policy import EvictionPolicy, KeptTokens
 from pte.method.eviction.random import UniformRandom, mix64
 from pte.method.eviction.rkv import RedundantKeys
+from pte.method.eviction.scissorhands import PersistentImportance
 from pte.method.eviction.sinks import AttentionSinks
+from pte.method.eviction.snapkv import ObservationWindow
+from pte.method.eviction.tova import LastQueryAttention
 from pte.method.eviction.window import OldestFirst
 
-POLICIES = [OldestFirst(), UniformRandom(), AttentionSinks(2), HeavyHitters(3), RedundantKeys(2)]
+POLICIES = [
+    OldestFirst(),
+    UniformRandom(),
+    AttentionSinks(2),
+    HeavyHitters(3),
+    PersistentImportance(3),
+    LastQueryAttention(),
+    ObservationWindow(2),
+    RedundantKeys(2),
+    DistinctKeys(2),
+]
 
 
 def survivors(
@@ -238,7 +252,62 @@ def test_redundancy_is_that_of_each_sequence_and_of_every_chunk(monkeypatch: pyt
         torch.testing.assert_close(RedundantKeys(0).scores(seen_with(received, tokens, keys)), together)
 
 
-@pytest.mark.parametrize("policy", [HeavyHitters, RedundantKeys])
+def test_the_tokens_that_were_low_most_often_leave() -> None:
+    # Tokens 10 .. 15 with counts; 15 is protected. 12 and 10 were low most often, 10 is the older of equals.
+    kept = seen_with([[5.0, 5.0, 9.0, 1.0, 4.0, 2.0]], [[12, 10, 15, 11, 14, 13]])
+    assert PersistentImportance(1).evicted_slots(kept, evict_tokens=2).tolist() == [[1, 0]]
+    assert PersistentImportance(1).evicted_slots(kept, evict_tokens=1).tolist() == [[1]]
+    assert PersistentImportance(0).evicted_slots(kept, evict_tokens=1).tolist() == [[2]]
+
+
+def test_the_last_query_protects_nobody_not_even_its_own_token() -> None:
+    kept = seen_with([[0.3, 0.2, 0.1, 0.4]], [[7, 4, 9, 5]])
+    assert LastQueryAttention().evicted_slots(kept, evict_tokens=2).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("shuffle", range(3))
+def test_votes_are_shared_by_neighbours_in_age_and_not_in_slots(shuffle: int) -> None:
+    # Tokens 0 .. 13, of which 12 and 13 observe. Votes for 5 and 9 alone: 2 .. 8 get 5's share, 6 .. 11 get 9's, and
+    # nothing reaches 0 and 1. The votes of 12, larger than all, do not help 11, 10 and 9.
+    votes = [0.0] * 14
+    votes[5], votes[9], votes[12] = 1.0, 3.0, 7.0
+    expected = [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 7.0, 0.0]
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(shuffle)).tolist()
+    kept = seen_with([[votes[token] for token in order]], [order])
+    policy = ObservationWindow(2)
+    assert policy.scores(kept)[0].tolist() == [expected[token] for token in order]
+    chosen = policy.evicted_slots(kept, evict_tokens=4)[0].tolist()
+    assert [order[slot] for slot in chosen] == [0, 1, 2, 3], "of equal scores the older"
+
+
+def test_the_keys_that_point_where_most_point_leave() -> None:
+    # Units (1, 0), (1, 0), (0.8, 0.6), (0, 1), (0, -1) whatever their lengths: their sum is (2.8, 0.6).
+    keys = torch.tensor([[[[[9.0, 0.0], [0.1, 0.0], [4.0, 3.0], [0.0, 5.0], [0.0, -7.0]]]]], dtype=torch.float64)
+    kept = seen_with([[0.0] * 5], [[3, 0, 1, 2, 4]], keys)
+    length = (2.8**2 + 0.6**2) ** 0.5
+    expected = torch.tensor([[2.8, 2.8, 0.8 * 2.8 + 0.6 * 0.6, 0.6, -0.6]], dtype=torch.float64) / length
+    torch.testing.assert_close(DistinctKeys(0).scores(kept), -expected, rtol=0, atol=1e-12)
+    # Cosines 0.978, 0.978, 0.908, 0.210, -0.210: the equal ones leave, the older first.
+    assert DistinctKeys(0).evicted_slots(kept, evict_tokens=2).tolist() == [[1, 0]]
+    # Token 3 in slot 0 is among the two newest: the next one leaves.
+    assert DistinctKeys(2).evicted_slots(kept, evict_tokens=2).tolist() == [[1, 2]]
+
+
+def test_an_observation_window_has_a_token_at_least_and_a_block_at_most() -> None:
+    with pytest.raises(
+        ValueError, match=r"recent_tokens must be at least 1 \(they observe\), got 0; use for example 32"
+    ):
+        ObservationWindow(0)
+    with pytest.raises(ValueError) as caught:
+        ObservationWindow(3).check(8, 2)
+    assert str(caught.value) == (
+        "recent_tokens must be at most evict_tokens (2) with policy 'snapkv' (older queries are not observed), got 3; "
+        "use 2 or less"
+    )
+    ObservationWindow(2).check(8, 2)
+
+
+@pytest.mark.parametrize("policy", [HeavyHitters, PersistentImportance, RedundantKeys, DistinctKeys])
 def test_protected_tokens_that_leave_no_room_for_a_block_are_refused(policy: type) -> None:
     with pytest.raises(ValueError) as caught:
         policy(5).check(8, 4)

@@ -1,5 +1,8 @@
 """Probabilities that keys receive, against the naive program; and that watching changes nothing."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -45,6 +48,26 @@ def test_what_a_key_receives_is_the_sum_over_every_head_and_query(
     torch.testing.assert_close(ours, torch.tensor(by_hand(**given), dtype=torch.float64), rtol=0, atol=1e-12)
     # Every head and query gives 1 in all, to every sequence of the batch.
     torch.testing.assert_close(ours.sum(1), torch.full((3,), 2.0 * group * tokens, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+@pytest.mark.parametrize("counted", [None, [[3, 4], [3, 4], [0, 4]]])
+def test_low_probabilities_are_counted_among_the_keys_that_a_query_attends_to(
+    counted: list[list[int]] | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "PROBABILITIES_PER_CHUNK", chunk)
+    given, low = inputs(), [[0] * 7 for _ in range(3)]
+    for row, head, token in itertools.product(range(3), range(4), range(5)):
+        if counted is not None and token not in counted[row]:
+            continue
+        attended = [key for key in range(7) if given["mask"][row, 0, token, key] == 0]
+        scores = {key: float(given["query"][row, head, token] @ given["key"][row, head // 2, key]) for key in attended}
+        weights = {key: math.exp(0.37 * score) for key, score in scores.items()}
+        for key, weight in weights.items():
+            low[row][key] += weight / sum(weights.values()) < 1 / len(attended)
+    observer = AttentionObserver(queries=None if counted is None else torch.tensor(counted), below_average=True)
+    observer.observe(given["query"], given["key"], mask=given["mask"], scaling=0.37)
+    assert observer.take().tolist() == low
 
 
 @pytest.mark.parametrize("chunk", [1, 10**9])
@@ -114,7 +137,7 @@ def saturated(queries: str) -> BoundedCache:
     [
         ("kept", [3.0, 5.0, 7.0, 9.0], [3.0, 0.0, 7.0, 0.0], [3.0, 5.0, 7.0, 9.0]),
         ("since_eviction", [3.0, 5.0, 7.0, 9.0], [0.0] * 4, [3.0, 5.0, 7.0, 9.0]),
-        ("last", [2.0, 3.0, 4.0, 5.0], [2.0, 0.0, 4.0, 0.0], [2.0, 3.0, 4.0, 5.0]),
+        ("last", [3.0, 5.0, 7.0, 9.0], [0.0] * 4, [3.0, 5.0, 7.0, 9.0]),
     ],
 )
 def test_whose_attention_is_remembered(

@@ -138,12 +138,9 @@ class BoundedCache:
         self.observed_queries = queries
 
     def add_attention(self, received: Float[Tensor, "batch window"]) -> None:
-        """Notes what the window slots received from the newest queries."""
+        """Notes what the window slots received from the newest queries, of those that are observed."""
         assert self.attention_received is not None
-        if self.observed_queries == "last":
-            self.attention_received.copy_(received)
-        else:
-            self.attention_received += received
+        self.attention_received += received
 
     def token_indices(self) -> Int[Tensor, "batch window"]:
         """Reasoning index of the token in each window slot; meaningless where the slot is empty."""
@@ -208,7 +205,7 @@ class BoundedCache:
         self.cursor[rows] = 0
         if self.attention_received is not None:
             self.attention_received[rows[:, None], slots] = 0
-            if self.observed_queries == "since_eviction":
+            if self.observed_queries != "kept":
                 self.attention_received[rows] = 0
         return evicted
 

@@ -4,7 +4,7 @@ Decides: how probabilities are summed over queries, heads and layers, a bounded 
 output is made elsewhere (`attention.grouped_attention`) and does not change when somebody observes.
 Does not know: caches, what the sums are for.
 
-Paper: none; the attention scores of H2O and R-KV.
+Paper: none; the attention scores of H2O, R-KV, TOVA and SnapKV, and the counters of Scissorhands.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class AttentionObserver:
 
     Args:
         queries: Index of the queries of each sequence that count; None for all of them.
+        below_average: Count low probabilities instead of summing all.
 
     `received` holds the sums, float32 or wider; None before the first layer.
     """
 
-    def __init__(self, *, queries: Int[Tensor, "batch counted"] | None = None) -> None:
+    def __init__(self, *, queries: Int[Tensor, "batch counted"] | None = None, below_average: bool = False) -> None:
         self.queries = queries
+        self.below_average = below_average
         self.received: Float[Tensor, "batch keys"] | None = None
         self.closed = False
 
@@ -60,7 +62,9 @@ class AttentionObserver:
         """
         if self.closed:
             return
-        layer = received_attention(query, key, mask=mask, scaling=scaling, queries=self.queries)
+        layer = received_attention(
+            query, key, mask=mask, scaling=scaling, queries=self.queries, below_average=self.below_average
+        )
         self.received = layer if self.received is None else self.received + layer
 
 
@@ -71,10 +75,12 @@ def received_attention(
     mask: Float[Tensor, "batch 1 tokens keys"] | None,
     scaling: float,
     queries: Int[Tensor, "batch counted"] | None = None,
+    below_average: bool = False,
 ) -> Float[Tensor, "batch keys"]:
-    """Probability that each key receives, summed over heads and the queries that count.
+    """Probability that each key receives, summed over heads and the queries that count; or how often it was low.
 
-    Equals: softmax(scaling q k^T + mask) with keys repeated over the group, summed over heads and counted queries.
+    Equals: softmax(scaling q k^T + mask) with keys repeated over the group, summed over heads and counted queries; with
+    `below_average`, the number of these that are below 1 / (keys that the query attends to), among these keys.
     """
     batch, heads, tokens, head_dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
@@ -96,5 +102,9 @@ def received_attention(
             index = torch.arange(tokens, device=query.device).expand(batch, -1) if queries is None else queries
             later = torch.arange(keys, device=query.device) > index[:, start : start + size, None]
             scores.masked_fill_(later[:, None, None], float("-inf"))
-        received += scores.softmax(-1).sum((1, 2, 3))
+        given = scores.softmax(-1)
+        if below_average:
+            attended = scores > float("-inf")
+            given = ((given < 1 / attended.sum(-1, keepdim=True)) & attended).to(dtype)
+        received += given.sum((1, 2, 3))
     return received

@@ -56,6 +56,11 @@ class BoundedPolicy:
                     f"segments_per_stretch must be 1 for an eviction policy that needs attention, keys or values, got "
                     f"{self.segments_per_stretch} of policy {self.eviction.name!r}; return 1"
                 )
+            if not 1 <= self.eviction.needs.last_queries <= self.schedule.evict_tokens:
+                raise ValueError(
+                    f"last_queries must be from 1 to evict_tokens ({self.schedule.evict_tokens}), got "
+                    f"{self.eviction.needs.last_queries} of policy {self.eviction.name!r}; observe fewer"
+                )
 
     def with_cache(self, schedule: EvictionSchedule, eviction: EvictionPolicy | None = None) -> BoundedPolicy:
         """The same base and adapter under another budget."""
@@ -86,6 +91,17 @@ class BoundedPolicy:
     def records_evictions(self) -> bool:
         """True when the rollout has to record what left, because nothing but the model itself could say it again."""
         return not self.schedule.is_full and self.eviction.needs.anything
+
+    def observes(self, token_index: int) -> bool:
+        """True when the eviction policy asks whom the query of this reasoning token attends to.
+
+        Args:
+            token_index: Index of the reasoning token that enters.
+        """
+        needs, left = self.eviction.needs, self.schedule.tokens_until_eviction(token_index)
+        if needs.attention is None or left is None:
+            return False
+        return needs.attention != "last" or left <= needs.last_queries
 
     @property
     def segments_per_stretch(self) -> int:

@@ -51,7 +51,9 @@ class EvictionChoices:
         """
         if self.observed_queries is None:
             return None
-        return AttentionObserver(queries=queries[:, -1:] if self.observed_queries == "last" else queries)
+        needs = self.policy.eviction.needs
+        last = queries[:, -needs.last_queries :] if self.observed_queries == "last" else queries
+        return AttentionObserver(queries=last, below_average=needs.below_average)
 
     def plan(
         self, cache: BoundedCache, stretch: Stretch

@@ -23,7 +23,7 @@ from pte.rollout.sampling import token_logprobs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from pte.method.adapter import AdapterWeights
@@ -72,16 +72,17 @@ class TokenStep:
         if not isinstance(self.forward, DecodeStep):
             self.forward.claim()
 
-    def __call__(self, *, longest: int) -> None:
+    def __call__(self, *, longest: int, observed: Bool[Tensor, " rows"] | None) -> None:
         """One token.
 
         Args:
             longest: Reasoning tokens that have entered in the longest running sequence.
+            observed: Rows whose attention counts; None for none.
         """
         cache = self.buffers.cache
         total = cache.positions.shape[1]
         if not self.captures:
-            self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total))
+            self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total), observed=observed)
         elif self.replayed is not None:
             self.replayed()
         elif not self.warm:
@@ -100,47 +101,38 @@ class TokenStep:
             self.advance(attended_slots=attended_slots)
         return graph.replay
 
-    def advance(self, *, attended_slots: int) -> None:
+    def advance(self, *, attended_slots: int, observed: Bool[Tensor, " rows"] | None = None) -> None:
         """The work itself; every tensor that outlives it is written in place.
 
         Args:
             attended_slots: Slots looked at; all beyond are empty in every row.
+            observed: As in a call.
         """
         policy, buffers, cache = self.policy, self.buffers, self.buffers.cache
         positions = cache.prompt_lengths + buffers.entered
         places = cache.take_slots(positions[:, None])[:, 0]
         states = controlled(buffers.reads, self.state_control)
         if isinstance(self.forward, DecodeStep):
-            hidden = self.eager(
-                self.forward, positions=positions, places=places, states=states, attended_slots=attended_slots
+            counts_low = policy.eviction.needs.below_average
+            observer = None if observed is None else AttentionObserver(below_average=counts_low)
+            attention = DecodeAttention(
+                cache, places, attended_slots=attended_slots, dtype=policy.dtype, observer=observer
             )
+            hidden = self.forward(buffers.current, positions=positions, attention=attention, states=states)
+            if observer is not None and observed is not None:
+                self.note(observer, observed)
         else:
             hidden = self.forward(buffers.current, positions=positions, cache=cache, slots=places, states=states)
         temperature = self.temperature if buffers.temperatures is None else buffers.temperatures
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), temperature)
         buffers.record(logprobs, greedy=temperature == 0)
 
-    def eager(
-        self,
-        forward: DecodeStep,
-        *,
-        positions: Int[Tensor, " rows"],
-        places: Int[Tensor, " rows"],
-        states: Float[Tensor, "layers rows rank rank"] | None,
-        attended_slots: int,
-    ) -> Float[Tensor, "rows hidden"]:
-        """The new tokens' hidden states by torch's own operations, observed where the eviction policy asks."""
+    def note(self, observer: AttentionObserver, observed: Bool[Tensor, " rows"]) -> None:
+        """Adds what the window's tokens received from the queries that the eviction policy asks about."""
         cache = self.buffers.cache
-        observer = AttentionObserver() if self.observes else None
-        attention = DecodeAttention(
-            cache, places, attended_slots=attended_slots, dtype=self.policy.dtype, observer=observer
-        )
-        hidden = forward(self.buffers.current, positions=positions, attention=attention, states=states)
-        if observer is not None:
-            received = observer.take()[:, cache.prompt_slots :]
-            missing = cache.free_slots.shape[1] - received.shape[1]
-            cache.add_attention(functional.pad(received, (0, missing)))
-        return hidden
+        received = torch.where(observed[:, None], observer.take()[:, cache.prompt_slots :], 0)
+        missing = cache.free_slots.shape[1] - received.shape[1]
+        cache.add_attention(functional.pad(received, (0, missing)))
 
 
 def decode_forward(

@@ -29,12 +29,17 @@ class Needs:
 
     Args:
         attention: Whose attention to the kept tokens is summed: of all queries while a token was kept (`kept`), of
-            those since the last eviction (`since_eviction`), of the last query alone (`last`); None for nobody's.
+            those since the last eviction (`since_eviction`), of the last ones before the next (`last`); None for
+            nobody's.
+        last_queries: How many the last ones are, from 1 to the tokens of a block.
+        below_average: Count the probabilities below the mean of their query's instead of summing them.
         keys: The keys of the kept tokens, as they lie in the cache.
         values: Their values.
     """
 
     attention: ObservedQueries | None = None
+    last_queries: int = 1
+    below_average: bool = False
     keys: bool = False
     values: bool = False
 
@@ -53,7 +58,7 @@ class KeptTokens:
         eviction_index: How many evictions each sequence had before.
         stream_seeds: The seed of each sequence's own random stream.
         attention_received: Softmax probabilities given to each token by the observed queries, its own included, summed
-            over queries, query heads and layers.
+            over queries, query heads and layers; or, where `Needs.below_average`, how many of them were low.
         keys: Post-rotary keys.
         values: Values.
     """
