@@ -55,7 +55,8 @@ EXAMPLES = {
     "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
-    "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
+    "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n"
+    "  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
     "--device cuda --dtype bfloat16 --slots 64",
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
     "evidence": "pte evidence --preset quick\n  pte evidence --preset full --minutes 25\n"
