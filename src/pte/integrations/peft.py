@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pte.integrations.peft_config import PTEConfig
-from pte.integrations.peft_tuner import PTEModel, adapter_of
+from pte.integrations.peft_tuner import AdaptedMap, PTEModel, adapter_of
 from pte.lora_folder import start_from_lora
 from pte.model.policy import BoundedPolicy
 from pte.peft_folder import PEFT_TYPE, convert_from_peft, convert_to_peft
@@ -27,7 +27,8 @@ def policy_of(model: PeftModel) -> BoundedPolicy:
     """The bounded policy of a PEFT model's active adapter, under the budget of its configuration.
 
     Rollout, replay and training take it as any other. It stays the policy of this adapter when another one is made
-    active, and is the base alone while adapters are disabled. Another budget is `policy.with_cache(...)`.
+    active or adapters are disabled; called while they are disabled, this is the base alone under the same budget.
+    Another budget is `policy.with_cache(...)`.
 
     Args:
         model: With an adapter of peft_type PTE.
@@ -47,4 +48,6 @@ def policy_of(model: PeftModel) -> BoundedPolicy:
     config = tuner.peft_config[name]
     assert isinstance(config, PTEConfig)
     cache = config.cache_options()
-    return BoundedPolicy(model.get_base_model(), adapter_of(tuner, name), cache.schedule, eviction_policy(cache))
+    policy = BoundedPolicy(model.get_base_model(), adapter_of(tuner, name), cache.schedule, eviction_policy(cache))
+    maps = (module for module in tuner.modules() if isinstance(module, AdaptedMap))
+    return policy.without_adapter() if any(adapted.disable_adapters for adapted in maps) else policy

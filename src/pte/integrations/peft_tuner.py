@@ -41,8 +41,8 @@ PEFT_VERSIONS = "0.21."
 class AdaptedMap(nn.Module, BaseTunerLayer):
     """A frozen linear map that computes with the adapter that is bound, if any adapter of it is.
 
-    A bounded forward binds its policy's adapter, a plain one the active adapter: policies of several adapters share a
-    base, whichever is active. Parameters lie with `PTEModel`, so that each has one name.
+    A bounded forward binds its policy's adapter, whichever is active or disabled, so that policies of several adapters
+    share a base; a plain forward binds the active adapter. Parameters lie with `PTEModel`: each has one name.
 
     Args:
         base_layer: The frozen map.
@@ -79,11 +79,10 @@ class AdaptedMap(nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The adapted map, or the frozen one where nothing is bound or adapters are disabled."""
-        if not self.disable_adapters:
-            for adapted in self.maps.values():
-                if adapted.binding.current is not None:
-                    return adapted(x)
+        """The map with the adapter that is bound; the frozen one where none is."""
+        for adapted in self.maps.values():
+            if adapted.binding.current is not None:
+                return adapted(x)
         return self.base_layer(x)
 
     def delete_adapter(self, adapter_name: str) -> None:
