@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro

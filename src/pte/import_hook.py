@@ -67,7 +67,7 @@ class _ImportWatcher(MetaPathFinder):
             _import_or_warn(self.module)
 
         # On the instance: whoever looks at the loader still sees the class that it knows.
-        spec.loader.exec_module = run_and_import  # type: ignore[method-assign]
+        spec.loader.exec_module = run_and_import  # type: ignore[assignment, method-assign]
         return spec
 
 

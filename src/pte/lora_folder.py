@@ -92,8 +92,8 @@ def load_lora(path: str | Path) -> LoraAdapter:
         match = LORA_KEY.fullmatch(key)
         if match is None or match["name"] not in LINEAR_MAPS:
             raise ValueError(
-                f"a LoRA adapter must adapt linear maps of decoder layers alone ({', '.join(LINEAR_MAPS)}), got {key!r} "
-                f"in {path}; train it with these target_modules"
+                f"a LoRA adapter must adapt linear maps of decoder layers alone, got {key!r} in {path}; train it with "
+                f"target_modules among {', '.join(LINEAR_MAPS)}"
             )
         side = "down" if match["side"] == "A" else "up"
         tensors[f"layers.{match['layer']}.{match['name']}.{side}"] = tensor.to(torch.float32)

@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_models import SMALL, logits_of, thought_adapter, token_ids
-from pte.cli import adapter_flags
+from pte.cli import adapter_flags, parse
 from pte.integrations.peft import PTEConfig, policy_of, start_from_lora
 from pte.method.adapter import LINEAR_MAPS
+from pte.model.load import load_base
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
+from pte.session import open_session
+from pte.tasks.chained import embedded_model_dir
+from short_runs import short_flags
 from tiny import ARCHITECTURES, random_sequences, tiny_base
 
 LORAS = {
@@ -30,9 +35,9 @@ LORAS = {
 }
 
 
-def save_lora(directory: Path, architecture: str = "qwen2", **options: object) -> PeftModel:
-    """PEFT's own LoRA on a tiny base, far from zero, saved by PEFT."""
-    base = tiny_base(architecture)
+def save_lora(directory: Path, architecture: str = "qwen2", *, base=None, **options: object) -> PeftModel:
+    """PEFT's own LoRA on a base, far from zero, saved by PEFT."""
+    base = tiny_base(architecture) if base is None else base
     model = get_peft_model(base, LoraConfig(**options, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -92,6 +97,22 @@ def test_a_lora_folder_gives_the_flags_of_an_experiment(tmp_path: Path) -> None:
     assert flags == [*expected.format(scale).split(), "--adapter.layers", "1"]
 
 
+@pytest.mark.parametrize("kind", ["lora", "thought"])
+def test_a_session_starts_from_a_lora_folder(kind: str, tmp_path: Path) -> None:
+    base = load_base(embedded_model_dir(), dtype=torch.float32, device="cpu")
+    save_lora(tmp_path, base=base, r=3, lora_alpha=6, target_modules=["o_proj", "v_proj"])
+    words = [*short_flags(adapter__rank=3), "--adapter.checkpoint", str(tmp_path), "--adapter.kind", kind]
+    session = open_session(parse("eval", words).experiment)
+    adapter = session.policy.adapter
+    assert adapter is not None and (adapter.kind, adapter.scale, adapter.targets) == (kind, 2.0, ("v_proj", "o_proj"))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for layer in range(len(base.get_decoder().layers)):
+        for name in adapter.targets:
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora"
+            pair = adapter.pair(layer, name)
+            assert torch.equal(pair.down, saved[f"{key}_A.weight"]) and torch.equal(pair.up, saved[f"{key}_B.weight"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -100,7 +121,10 @@ def test_a_lora_folder_gives_the_flags_of_an_experiment(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern of a LoRA adapter must be {} .*{'q_proj': 2}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights of a LoRA adapter must leave the base as it is"),
         ({"target_modules": ["q_proj", "lm_head"]}, "must adapt linear maps of decoder layers alone .*lm_head"),
-        ({"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]}, "the same maps in each of its layers"),
+        (
+            {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
+            "the same maps in each of its layers",
+        ),
     ],
 )
 def test_a_lora_that_a_b_and_a_scale_do_not_describe_is_refused(

@@ -1,4 +1,4 @@
-"""Thought adapters saved and loaded by PEFT's own functions: every parameter survives, and what does not fit is refused."""
+"""Thought adapters saved and loaded by PEFT: every parameter survives, and what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 import warnings
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-import huggingface_hub.constants
 from peft_models import SMALL, add_adapter, logits_of, peft_model, thought_adapter, token_ids
 from pte.checkpoint import load_adapter, save_adapter
 from pte.checkpoint_files import AdapterMetadata
@@ -212,7 +212,7 @@ def test_an_adapter_that_insists_on_its_base_refuses_a_twin_of_the_same_sizes(tm
     model.save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_base(dtype=torch.float32), tmp_path)
     twin = tiny_base(dtype=torch.float32, seed=1)
-    with pytest.raises(ValueError, match="base_fingerprint must be that of the loaded base .* set base_fingerprint to nul"):
+    with pytest.raises(ValueError, match="must be that of the loaded base .* set base_fingerprint to null"):
         PeftModel.from_pretrained(twin, tmp_path)
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "base_fingerprint": None}))

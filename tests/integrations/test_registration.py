@@ -22,12 +22,9 @@ model = peft.AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.f
 print(model.base_model.__class__.__name__, model(torch.tensor({tokens})).logits.sum().item())
 """
 ORDERS = {
-    "pte first": "import pte, peft",
+    "pte first": "import importlib.util, pte\nimportlib.util.find_spec('peft')\nfrom peft import tuners\nimport peft",
     "peft first": "import peft, pte",
-    "pte first, a submodule of peft": "import pte\nfrom peft.tuners import lora\nimport peft",
     "our room first": "from pte.integrations.peft import policy_of\nimport peft",
-    "our tuner first": "import pte.integrations.peft_tuner\nimport peft",
-    "asked whether it is there": "import pte, importlib.util\nimportlib.util.find_spec('peft')\nimport peft",
 }
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from pte.integrations.peft_config import PTEConfig
-from pte.integrations.peft_tuner import AdaptedMap, PTEModel, adapter_of
+from pte.integrations.peft_layer import AdaptedMap
+from pte.integrations.peft_tuner import PTEModel, adapter_of
 from pte.lora_folder import start_from_lora
 from pte.model.policy import BoundedPolicy
 from pte.peft_folder import PEFT_TYPE, convert_from_peft, convert_to_peft
@@ -48,6 +51,8 @@ def policy_of(model: PeftModel) -> BoundedPolicy:
     config = tuner.peft_config[name]
     assert isinstance(config, PTEConfig)
     cache = config.cache_options()
-    policy = BoundedPolicy(model.get_base_model(), adapter_of(tuner, name), cache.schedule, eviction_policy(cache))
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    policy = BoundedPolicy(base, adapter_of(tuner, name), cache.schedule, eviction_policy(cache))
     maps = (module for module in tuner.modules() if isinstance(module, AdaptedMap))
     return policy.without_adapter() if any(adapted.disable_adapters for adapted in maps) else policy

@@ -1,16 +1,18 @@
 """`PTEConfig`: a thought adapter as PEFT describes adapters, in `adapter_config.json`.
 
 Decides: the names of the options in PEFT's vocabulary (`r`, `target_modules`) and that the budget an adapter was
-trained with travels with it. Which values are allowed, `pte.config_policy` says, as for every experiment. Does not know
-models or tensors.
+trained with travels with it. Which values are allowed, `pte.config_policy` says, as for every experiment. Importing
+this module makes the configuration known to PEFT. Does not know models or tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Literal, get_args
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from pte.config_policy import AdapterConfig, CacheConfig
 from pte.lora_folder import load_lora
@@ -21,6 +23,8 @@ from pte.peft_folder import PEFT_TYPE, TASK_TYPE
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
+
+PEFT_VERSIONS = "0.21."
 
 
 @dataclass
@@ -76,8 +80,10 @@ class PTEConfig(PeftConfig):
         if isinstance(self.r, int) and self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}; the paper uses 32")
         self.target_modules = named_maps(self.target_modules)
-        if self.kind == "none":
-            raise ValueError("kind must be 'thought', 'global_only' or 'lora', got 'none'; use the base without PEFT")
+        if self.kind not in get_args(AdapterKind):
+            raise ValueError(
+                f"kind must be one of {', '.join(get_args(AdapterKind))}, got {self.kind!r}; use 'thought'"
+            )
         self.adapter_options()
         self.cache_options()
 
@@ -149,3 +155,19 @@ def named_maps(target_modules: list[str] | str | None) -> list[str]:
     if isinstance(target_modules, set):
         return [name for name in LINEAR_MAPS if name in target_modules]
     return list(target_modules)
+
+
+def check_peft_version(found: str) -> None:
+    """Refuses a PEFT that these adapters were never tried with.
+
+    Raises:
+        ImportError: It is another version.
+    """
+    if not found.startswith(PEFT_VERSIONS):
+        raise ImportError(
+            f"adapters of peft_type {PEFT_TYPE} need peft {PEFT_VERSIONS}*, got {found}; install 'pte[peft]'"
+        )
+
+
+check_peft_version(version("peft"))
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PTEConfig  # type: ignore[index]

@@ -1,32 +1,32 @@
 """The tuner behind peft_type PTE: PEFT's own functions make, switch, save and load `ThoughtAdapter`s.
 
-Decides: how adapters of several names lie on one base (`PTEModel`, `AdaptedMap`), what a plain forward computes, and
+Decides: which adapters lie on a base and which is active (`PTEModel`), what a plain forward computes, and
 under which names PEFT saves the parameters. The method itself is `pte.method`, used as it is; the budget is not looked
 at here. A plain forward (no budget, nothing evicted) computes with the first state S_0, as the bounded policy does for
-its prompt. Importing this module makes the method known to PEFT, the one thing that it does when imported: PEFT's
-registration takes the names of its own enumeration only, so the mappings that it fills are filled here.
+its prompt. Importing this module makes the tuner known to PEFT, as importing `peft_config` does the configuration:
+PEFT's registration takes the names of its own enumeration only, so the mappings that it fills are filled directly.
 
 Paper: Section 3, the state before any eviction; DeltaW = A S_e B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
+from pte.integrations import peft_config
 from pte.integrations.first_state import FirstStateHooks
-from pte.integrations.peft_config import PTEConfig
-from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter, ThoughtLinear
-from pte.model.load import SUPPORTED, check_supported
-from pte.model.policy import home_of, layer_sizes
+from pte.integrations.peft_layer import AdaptedMap, active_adapter
+from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
+from pte.model.load import check_supported
+from pte.model.policy import home_of
 from pte.peft_folder import KEY_PREFIX, PEFT_TYPE, check_tensors_fit
 from pte.session import base_fingerprint, new_adapter
 
@@ -35,64 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARAMETER_PREFIX = "pte_"
-PEFT_VERSIONS = "0.21."
-
-
-class AdaptedMap(nn.Module, BaseTunerLayer):
-    """A frozen linear map that computes with the adapter that is bound, if any adapter of it is.
-
-    A bounded forward binds its policy's adapter, whichever is active or disabled, so that policies of several adapters
-    share a base; a plain forward binds the active adapter. Parameters lie with `PTEModel`: each has one name.
-
-    Args:
-        base_layer: The frozen map.
-        adapters: All adapters of the base, by name.
-    """
-
-    adapter_layer_names = ("pte_adapters",)
-
-    def __init__(self, base_layer: nn.Linear, adapters: nn.ModuleDict) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.maps: dict[str, ThoughtLinear] = {}
-        # Past nn.Module's own registration.
-        object.__setattr__(self, "pte_adapters", adapters)
-
-    @property
-    def base(self) -> nn.Module:
-        """The frozen map, as `pte.model` asks for it."""
-        return self.base_layer
-
-    def add(self, adapter_name: str, adapter: ThoughtAdapter, *, layer: int, name: str) -> None:
-        """Lets an adapter adapt this map.
-
-        Args:
-            adapter_name: Its name.
-            adapter: The adapter.
-            layer: Index of the map's layer.
-            name: Of the map.
-        """
-        group, names = next((index, names) for index, names in enumerate(adapter.groups(layer)) if name in names)
-        assert isinstance(self.base_layer, nn.Linear)
-        self.maps[adapter_name] = ThoughtLinear(
-            self.base_layer, layer=layer, group=group, member=names.index(name), binding=adapter.binding
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The map with the adapter that is bound; the frozen one where none is."""
-        for adapted in self.maps.values():
-            if adapted.binding.current is not None:
-                return adapted(x)
-        return self.base_layer(x)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; PEFT chooses the one that is active then."""
-        super().delete_adapter(adapter_name)
-        self.maps.pop(adapter_name, None)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves the adapter; its parameters stay float32 whatever the base is."""
-        self.pte_adapters[adapter_name].to(self.base_layer.weight.device if device is None else device)
 
 
 class PTEModel(BaseTuner):
@@ -105,11 +47,11 @@ class PTEModel(BaseTuner):
     prefix = PARAMETER_PREFIX
     tuner_layer_cls = AdaptedMap
     uses_shared_state = True
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {name: list(LINEAR_MAPS) for name in SUPPORTED}
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Checks the base and makes room for adapters, before the first of them."""
         check_base(model)
+        assert isinstance(model, PreTrainedModel)
         self.pte_adapters = nn.ModuleDict()
         self.first_state_hooks = FirstStateHooks(model, active_adapter)
 
@@ -127,7 +69,7 @@ class PTEModel(BaseTuner):
             ValueError: The adapter's name is one of its parameters', or its configuration fits another base.
         """
         config = self.peft_config[adapter_name]
-        assert isinstance(config, PTEConfig) and isinstance(model, PreTrainedModel)
+        assert isinstance(config, peft_config.PTEConfig) and isinstance(model, PreTrainedModel)
         check_fingerprint(config, model)
         # As PEFT draws the initial values of its adapters: from torch's generator.
         seed = int(torch.randint(2**31, (), device="cpu"))
@@ -155,12 +97,7 @@ class PTEModel(BaseTuner):
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         """True for an adapted map of an adapted layer."""
         place = place_of(key)
-        assert isinstance(peft_config, PTEConfig) and peft_config.target_modules is not None
-        return (
-            place is not None
-            and place[1] in peft_config.target_modules
-            and (not peft_config.layers or place[0] in peft_config.layers)
-        )
+        return place is not None and adapts(peft_config, layer=place[0], name=place[1])
 
     def _create_and_replace(
         self,
@@ -216,24 +153,17 @@ class PTEModel(BaseTuner):
         Raises:
             ValueError: Always.
         """
-        kinds = sorted({config.kind for config in self.peft_config.values()})
+        configs = (config for config in self.peft_config.values() if isinstance(config, peft_config.PTEConfig))
+        kinds = sorted({config.kind for config in configs})
         raise ValueError(
-            f"adapters of peft_type {PEFT_TYPE} cannot be merged into the base (kinds here: {', '.join(kinds)}): the "
-            f"update A S B depends on the sequence, through the state S that its evicted tokens leave; keep the adapter "
-            f"beside the base, or call unload() for the base alone"
+            f"adapters of peft_type {PEFT_TYPE} cannot be merged into the base, got kind {', '.join(kinds)}: the "
+            f"update A S B depends on the sequence, through the state S that its evicted tokens leave; keep the "
+            f"adapter beside the base, or call unload() for the base alone"
         )
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    def unload(self) -> nn.Module:
         """The base as it was, bit for bit."""
-        base = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        base = super().unload()
         self.first_state_hooks.remove()
         return base
 
@@ -270,16 +200,10 @@ def adapter_of(tuner: PTEModel, adapter_name: str) -> ThoughtAdapter:
     return adapter
 
 
-def active_adapter(block: nn.Module) -> ThoughtAdapter | None:
-    """The adapter that a plain forward of a block computes with; None where it adapts nothing or is disabled."""
-    for child in block.children():
-        if isinstance(child, AdaptedMap) and not child.disable_adapters:
-            for name in child.active_adapters:
-                if name in child.maps:
-                    adapter = child.pte_adapters[name]
-                    assert isinstance(adapter, ThoughtAdapter)
-                    return adapter
-    return None
+def adapts(config: PeftConfig, *, layer: int, name: str) -> bool:
+    """True when a configuration names a map of a layer."""
+    assert isinstance(config, peft_config.PTEConfig) and config.target_modules is not None
+    return name in config.target_modules and (not config.layers or layer in config.layers)
 
 
 def place_of(key: str) -> tuple[int, str] | None:
@@ -312,7 +236,7 @@ def check_base(model: nn.Module) -> None:
                 )
 
 
-def check_fingerprint(config: PTEConfig, model: PreTrainedModel) -> None:
+def check_fingerprint(config: peft_config.PTEConfig, model: PreTrainedModel) -> None:
     """Refuses a base other than the one that the configuration insists on.
 
     Raises:
@@ -340,24 +264,5 @@ def check_adapter_name(adapter_name: str, adapter: ThoughtAdapter) -> None:
         )
 
 
-def register() -> None:
-    """Makes peft_type PTE known to PEFT.
-
-    Raises:
-        ImportError: PEFT is of a version that was never tried.
-    """
-    found = version("peft")
-    if not found.startswith(PEFT_VERSIONS):
-        raise ImportError(
-            f"adapters of peft_type {PEFT_TYPE} need peft {PEFT_VERSIONS}*, got {found}; install 'pte[peft]'"
-        )
-    mappings: tuple[tuple[Mapping[object, object], object], ...] = (
-        (PEFT_TYPE_TO_CONFIG_MAPPING, PTEConfig),
-        (PEFT_TYPE_TO_TUNER_MAPPING, PTEModel),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, PARAMETER_PREFIX),
-    )
-    for mapping, value in mappings:
-        mapping[PEFT_TYPE] = value  # type: ignore[index]
-
-
-register()
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PTEModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PARAMETER_PREFIX  # type: ignore[index]

@@ -146,7 +146,9 @@ def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:
             f"make it with layer_sizes(base)"
         )
     layers = base.get_decoder().layers
-    if any(getattr(home_of(layer, name), name) is not linear_of(layer, name) for layer in layers for name in LINEAR_MAPS):
+    if any(
+        getattr(home_of(layer, name), name) is not linear_of(layer, name) for layer in layers for name in LINEAR_MAPS
+    ):
         raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
     for index, layer in enumerate(layers):
         for group, names in enumerate(adapter.groups(index)):

@@ -163,7 +163,7 @@ def global_keys_values(
     attention = layer.get_submodule("self_attn")
     if hasattr(attention, "k_norm"):
         heads = key.unflatten(-1, (-1, attention.head_dim))
-        key = attention.k_norm(heads).flatten(-2)
+        key = attention.get_submodule("k_norm")(heads).flatten(-2)
     return key, functional.linear(tokens, value_map.weight, value_map.bias)
 
 
