@@ -120,7 +120,7 @@ def test_a_session_starts_from_a_lora_folder(kind: str, tmp_path: Path) -> None:
         ({"bias": "all"}, "bias of a LoRA adapter must be 'none'"),
         ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern of a LoRA adapter must be {} .*{'q_proj': 2}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights of a LoRA adapter must leave the base as it is"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "must adapt linear maps of decoder layers alone .*lm_head"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "must adapt linear maps of decoder layers alone, .*lm_head"),
         (
             {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
             "the same maps in each of its layers",
