@@ -282,9 +282,7 @@ def test_a_failed_forward_leaves_nothing_bound() -> None:
 def test_merging_is_refused_with_the_reason(kind: str) -> None:
     model = peft_model(kind=kind)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=f"cannot be merged .*kind {kind}: the update A S B depends on"
-        ):
+        with pytest.raises(ValueError, match=f"cannot be merged .*kind {kind}: the update A S B depends on"):
             merge()
     assert not model.base_model.supports_lora_conversion()
 

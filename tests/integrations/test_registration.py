@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from peft_models import logits_of, peft_model, token_ids
+from pte.tasks.chained import embedded_model_dir
 from tiny import tiny_base
 
 pytestmark = pytest.mark.system
@@ -78,3 +80,15 @@ print("PTE" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
     messages, known = run(code).splitlines()
     assert messages == """["adapters of peft_type PTE need peft 0.21.*, got 0.22.0; install 'pte[peft]'"]"""
     assert known == "False"
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert "src/pte/tasks/embedded" in example
+    code = example.replace("src/pte/tasks/embedded", str(embedded_model_dir()))
+    total = run(
+        f"import os\nos.chdir({str(tmp_path)!r})\n{code}\nprint(len(rollouts), logprobs.isfinite().all().item())"
+    )
+    assert total.split() == ["4", "True"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
