@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -308,6 +309,11 @@ def test_layers_that_the_base_has_not_are_refused_and_nothing_stays_behind() -> 
         model.add_adapter("other", PTEConfig(**SMALL, layers=[7]))
     assert list(model.base_model.pte_adapters) == ["default"] == list(model.peft_config)
     assert torch.equal(logits_of(model, tokens), before)
+    base = tiny_base()
+    with pytest.raises(ValueError, match="layers must be different indices"):
+        get_peft_model(base, PTEConfig(**SMALL, layers=[7]))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
 
 
 def test_a_base_that_cannot_carry_thought_adapters_is_refused() -> None:

@@ -19,6 +19,7 @@ from tiny import tiny_base
 # What PTEModel and AdaptedMap override, with the arguments that PEFT passes by name or in this order.
 OVERRIDDEN = {
     (BaseTuner, "_pre_injection_hook"): ("model", "config", "adapter_name"),
+    (BaseTuner, "_post_injection_hook"): ("model", "config", "adapter_name"),
     (BaseTuner, "inject_adapter"): (
         "model",
         "adapter_name",

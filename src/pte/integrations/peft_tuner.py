@@ -1,9 +1,8 @@
 """The tuner behind peft_type PTE: PEFT's own functions make, switch, save and load `ThoughtAdapter`s.
 
-Decides: which adapters lie on a base and which is active (`PTEModel`), what a plain forward computes, and
-under which names PEFT saves the parameters. The method itself is `pte.method`, used as it is; the budget is not looked
-at here. A plain forward (no budget, nothing evicted) computes with the first state S_0, as the bounded policy does for
-its prompt. Importing this module makes the tuner known to PEFT, as importing `peft_config` does the configuration:
+Decides: which adapters lie on a base, when PEFT's calls are refused, and under which names PEFT saves the parameters.
+The method itself is `pte.method`, used as it is; the budget is not looked at here. A plain forward (no budget, nothing
+evicted) computes with the first state S_0, as the bounded policy does for its prompt. Importing this module makes the tuner known to PEFT, as importing `peft_config` does the configuration:
 PEFT's registration takes the names of its own enumeration only, so the mappings that it fills are filled directly.
 
 Paper: Section 3, the state before any eviction; DeltaW = A S_e B.
@@ -21,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
+# The module, not its class: importing PEFT imports this one, perhaps while that one is being imported.
 from pte.integrations import peft_config
 from pte.integrations.first_state import FirstStateHooks
 from pte.integrations.peft_layer import AdaptedMap, active_adapter
@@ -51,8 +51,11 @@ class PTEModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Checks the base and makes room for adapters, before the first of them."""
         check_base(model)
-        assert isinstance(model, PreTrainedModel)
         self.pte_adapters = nn.ModuleDict()
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Lets plain forwards of the base bind the first state, once the first adapter lies on it."""
+        assert isinstance(model, PreTrainedModel)
         self.first_state_hooks = FirstStateHooks(model, active_adapter)
 
     def inject_adapter(
