@@ -1,9 +1,10 @@
 """The tuner behind peft_type PTE: PEFT's own functions make, switch, save and load `ThoughtAdapter`s.
 
-Decides: which adapters lie on a base, when PEFT's calls are refused, and under which names PEFT saves the parameters.
-The method itself is `pte.method`, used as it is; the budget is not looked at here. A plain forward (no budget, nothing
-evicted) computes with the first state S_0, as the bounded policy does for its prompt. Importing this module makes the tuner known to PEFT, as importing `peft_config` does the configuration:
-PEFT's registration takes the names of its own enumeration only, so the mappings that it fills are filled directly.
+Decides: which adapters lie on a base, which calls of PEFT are refused, and under which names parameters are saved. The
+method itself is `pte.method`, used as it is; the budget is not looked at here. A plain forward (no budget, nothing
+evicted) computes with the first state S_0, as the bounded policy does for its prompt. Importing this module makes the
+tuner known to PEFT, as importing `peft_config` does the configuration: PEFT's registration takes the names of its own
+enumeration only, so the mappings that it fills are filled directly.
 
 Paper: Section 3, the state before any eviction; DeltaW = A S_e B.
 """
@@ -82,17 +83,13 @@ class PTEModel(BaseTuner):
             adapter.to(model.device)
         trained = {name: parameter.requires_grad for name, parameter in self.pte_adapters.named_parameters()}
         self.pte_adapters[adapter_name] = adapter
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except BaseException:
-            del self.pte_adapters[adapter_name]
-            raise
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
         for name, requires_grad in trained.items():
             self.pte_adapters.get_parameter(name).requires_grad = requires_grad
 
