@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -229,6 +231,22 @@ def test_adapters_of_one_base_compute_as_if_each_were_alone() -> None:
     assert model.active_adapters == ["default"] and list(model.base_model.pte_adapters) == ["default"]
     assert torch.equal(logits_of(model, tokens), expected[0])
     assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"default"}
+
+
+def test_deleting_an_adapter_frees_it_but_for_the_policies_that_hold_it() -> None:
+    model = peft_model()
+    batch = collate(PROMPTS, COMPLETIONS, stream_seeds=range(4), temperature=1.0)
+    add_adapter(model, "other", seed=2)
+    model.set_adapter("other")
+    policy = policy_of(model)
+    before = Replay(policy)(batch).policy_logprobs
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(Replay(policy)(batch).policy_logprobs, before)
+    deleted = weakref.ref(policy.adapter)
+    del policy, before
+    gc.collect()
+    assert deleted() is None
 
 
 def test_adding_an_adapter_leaves_what_trains_as_it_is() -> None:

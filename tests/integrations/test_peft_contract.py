@@ -42,7 +42,6 @@ OVERRIDDEN = {
     (BaseTuner, "unload"): (),
     (BaseTuner, "_remove_adapter_name_from_key"): ("key", "adapter_name"),
     (BaseTuner, "_remap_adapter_state_dict_for_load"): ("model", "config", "adapter_name", "state_dict"),
-    (BaseTunerLayer, "delete_adapter"): ("adapter_name",),
     (BaseTunerLayer, "_move_adapter_to_device_of_base_layer"): ("adapter_name", "device"),
 }
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class AdaptedMap(nn.Module, BaseTunerLayer):
     """A frozen linear map that computes with the adapter that is bound, if any adapter of it is.
 
-    A bounded forward binds its policy's adapter, whichever is active or disabled, so that policies of several adapters
-    share a base; a plain forward binds the active adapter. Parameters lie with `PTEModel`: each has one name.
+    A bounded forward binds its policy's adapter, whichever is active, disabled or deleted, so that policies of several
+    adapters share a base; a plain forward binds the active adapter. Parameters lie with `PTEModel`: each has one name.
 
     Args:
         base_layer: The frozen map.
@@ -65,11 +65,6 @@ class AdaptedMap(nn.Module, BaseTunerLayer):
             if adapted.binding.current is not None:
                 return adapted(x)
         return self.base_layer(x)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; PEFT chooses the one that is active then."""
-        super().delete_adapter(adapter_name)
-        self.maps.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves the adapter; its parameters stay float32 whatever the base is."""
