@@ -1,12 +1,15 @@
 """Progressive Thought Encoding: train reasoning models by RL under a fixed KV cache.
 
 The public names below are imported when they are first used, so that `import pte` loads neither torch nor Transformers.
+PEFT learns of our adapters when it is imported, before or after pte.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from pte.import_hook import import_after
 
 if TYPE_CHECKING:
     from pte.method.adapter import ThoughtAdapter
@@ -58,3 +61,6 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """The public names, imported or not."""
     return sorted({*globals(), *__all__})
+
+
+import_after("peft", "pte.integrations.peft_tuner")

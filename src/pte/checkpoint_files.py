@@ -59,14 +59,14 @@ class AdapterMetadata:
     Args:
         options: Options that rebuild the adapter, as plain JSON values.
         base_name: Directory or hub name of the base it was trained on.
-        base_fingerprint: `fingerprint_of_base` of that base.
+        base_fingerprint: `fingerprint_of_base` of that base; None where its writer did not know it: sizes decide then.
         format_version: Of the files.
         versions: Of the packages that wrote them.
     """
 
     options: Mapping[str, Option]
     base_name: str
-    base_fingerprint: str
+    base_fingerprint: str | None
     format_version: int = FORMAT_VERSION
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
@@ -100,7 +100,7 @@ def check_adapter_fits(
     Raises:
         ValueError: The base is another one, or an option differs.
     """
-    if metadata.base_fingerprint != base_fingerprint:
+    if metadata.base_fingerprint is not None and metadata.base_fingerprint != base_fingerprint:
         raise ValueError(
             f"the adapter must be trained on the loaded base {base_name!r} (fingerprint {base_fingerprint[:12]}), got "
             f"one for {metadata.base_name!r} ({metadata.base_fingerprint[:12]}); load that base"

@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -295,11 +294,10 @@ def adapter_flags(flags: Sequence[str]) -> list[str]:
             path = value if equals else (flags[index + 1] if index + 1 < len(flags) else None)
     if path is None:
         return []
-    from pte.checkpoint import load_adapter
+    from pte.lora_folder import saved_options
 
-    _, metadata = load_adapter(Path(path))
     options: list[str] = []
-    for name, option in metadata.options.items():
+    for name, option in saved_options(path).items():
         options.append(f"--adapter.{name.replace('_', '-')}")
         options += [str(item) for item in option] if isinstance(option, list) else [str(option)]
     return options

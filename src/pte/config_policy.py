@@ -77,7 +77,8 @@ class AdapterConfig:
     """How B starts: `queries`: as the base's own queries, so that it reads what they would attend to; `random`: as in
     LoRA. An adapter of kind `lora` always starts at random."""
     checkpoint: str | None = None
-    """Directory of a saved adapter, or of a run, to start from."""
+    """Directory of a saved adapter or of a run to start from; a folder of PEFT, too, of peft_type PTE or LORA (whose A
+    and B start an adapter of kind `lora`, or of another kind with a fresh encoder)."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pte.checkpoint import load_adapter
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
+from pte.lora_folder import is_lora_folder, start_from_lora
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.registry import make_policy
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
+from pte.peft_folder import check_tensors_fit, load_any_adapter
 from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES
 from pte.tasks.task import Task, generated_task, jsonl_task
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from pte.config import CacheConfig, ExperimentConfig
+    from pte.config import AdapterConfig, CacheConfig, ExperimentConfig
     from pte.method.eviction.policy import EvictionPolicy
 
 
@@ -64,14 +65,14 @@ class Session:
         )
 
     def base_fingerprint(self) -> str:
-        """Of the base's configuration and its embedding."""
+        """Of the base, as `base_fingerprint` says."""
         return base_fingerprint(self.policy.base)
 
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor], metadata: AdapterMetadata) -> None:
         """Fills the adapter from saved tensors.
 
         Raises:
-            ValueError: They belong to another base or were made with other options.
+            ValueError: They belong to another base, were made with other options, or are not all of them.
         """
         adapter = self.policy.adapter
         assert adapter is not None
@@ -81,11 +82,24 @@ class Session:
             base_fingerprint=self.base_fingerprint(),
             options=adapter.options(),
         )
+        check_tensors_fit(tensors, expected=adapter.state_dict(), base_name=metadata.base_name)
         adapter.load_state_dict(dict(tensors))
+
+    def start_adapter(self, path: str) -> None:
+        """Fills the adapter from a checkpoint of a run, from a PEFT folder, or with A and B of a LoRA adapter of PEFT.
+
+        Raises:
+            FileNotFoundError, ValueError: There is no such adapter, or it does not fit.
+        """
+        assert self.policy.adapter is not None
+        if is_lora_folder(path):
+            start_from_lora(self.policy.adapter, path)
+        else:
+            self.load_adapter_tensors(*load_any_adapter(path))
 
 
 def base_fingerprint(base: PreTrainedModel) -> str:
-    """Fingerprint of a base's configuration and its embedding."""
+    """Of a base's configuration and the first rows of its embedding."""
     weight = base.get_parameter("model.embed_tokens.weight")
     return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
 
@@ -118,29 +132,41 @@ def open_session(config: ExperimentConfig) -> Session:
     )
     task = replace(task, more_stop_token_ids=end_token_ids(base))
     adapter = None
-    saved = None if config.adapter.checkpoint is None else load_adapter(config.adapter.checkpoint)
     options = config.adapter
     if options.kind != "none":
-        adapter = ThoughtAdapter(
-            layer_sizes(base),
-            kind=options.kind,
-            rank=options.rank,
-            targets=options.targets,
-            layers=options.layers or None,
-            scale=options.scale,
-            update_rule=options.update_rule,
-            key_space=options.key_space,
-            global_tokens=options.global_tokens,
-            seed=config.run.seed,
-        )
-        if options.down_start == "queries" and adapter.encoder is not None:
-            adapter.start_from_queries(query_maps(base))
+        adapter = new_adapter(options, base, seed=config.run.seed)
         attach_adapter(base, adapter)
     policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
     session = Session(base_name=config.model.path, policy=policy, task=task)
-    if saved is not None and adapter is not None:
-        session.load_adapter_tensors(*saved)
+    if config.adapter.checkpoint is not None:
+        session.start_adapter(config.adapter.checkpoint)
     return session
+
+
+def new_adapter(options: AdapterConfig, base: PreTrainedModel, *, seed: int) -> ThoughtAdapter:
+    """A fresh adapter for a base, of a kind that has one.
+
+    Args:
+        options: What it is; `checkpoint` is not looked at.
+        base: The base it is made for.
+        seed: Of the initial values.
+    """
+    assert options.kind != "none"
+    adapter = ThoughtAdapter(
+        layer_sizes(base),
+        kind=options.kind,
+        rank=options.rank,
+        targets=options.targets,
+        layers=options.layers or None,
+        scale=options.scale,
+        update_rule=options.update_rule,
+        key_space=options.key_space,
+        global_tokens=options.global_tokens,
+        seed=seed,
+    )
+    if options.down_start == "queries" and adapter.encoder is not None:
+        adapter.start_from_queries(query_maps(base))
+    return adapter
 
 
 def check_problems(session: Session, config: ExperimentConfig) -> None:

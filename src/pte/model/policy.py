@@ -136,9 +136,9 @@ def query_maps(base: PreTrainedModel) -> list[Float[Tensor, "kv_dim hidden"]]:
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    """The frozen map of a layer, whether or not it is adapted."""
+    """The frozen map of a layer, whether or not it is adapted: what adapts a map keeps it as `base`."""
     module = getattr(home_of(layer, name), name)
-    return module.base if isinstance(module, ThoughtLinear) else module
+    return module if isinstance(module, nn.Linear) else module.base
 
 
 def home_of(layer: nn.Module, name: str) -> nn.Module:
@@ -162,7 +162,9 @@ def attach_adapter(base: PreTrainedModel, adapter: ThoughtAdapter) -> None:
             f"make it with layer_sizes(base)"
         )
     layers = base.get_decoder().layers
-    if any(isinstance(module, ThoughtLinear) for layer in layers for module in layer.modules()):
+    if any(
+        getattr(home_of(layer, name), name) is not linear_of(layer, name) for layer in layers for name in LINEAR_MAPS
+    ):
         raise ValueError("a base can carry one adapter, got a second; call detach_adapter first")
     for index, layer in enumerate(layers):
         for group, names in enumerate(adapter.groups(index)):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from pte.method.adapter import AdapterWeights
     from pte.method.thought import ThoughtEncoder
@@ -117,6 +118,10 @@ def bound_base(
     AttentionInterface.register(ATTENTION_NAME, bounded_attention)
     implementation = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME
+    # The library's recomputation would run our attention, which writes the cache, a second time; a replay has its own.
+    checkpointed = [layer for layer in policy.base.get_decoder().layers if layer.gradient_checkpointing]
+    for layer in checkpointed:
+        layer.gradient_checkpointing = False
     try:
         if policy.adapter is None or weights is None:
             yield
@@ -125,6 +130,13 @@ def bound_base(
                 yield
     finally:
         config._attn_implementation = implementation
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True
+
+
+def runs_bounded(base: PreTrainedModel) -> bool:
+    """True while `run_layers` runs a base: keys, values and states are then the bounded policy's."""
+    return base.get_decoder().config._attn_implementation == ATTENTION_NAME
 
 
 def adapter_weights(policy: BoundedPolicy) -> AdapterWeights | None:
@@ -156,16 +168,21 @@ def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | No
 def fold_global_tokens(policy: BoundedPolicy, encoder: ThoughtEncoder) -> Float[Tensor, "layers rank rank"]:
     """The state of the global tokens alone."""
     tokens = encoder.global_tokens.to(policy.dtype)
-    keys, values = [], []
-    for layer in policy.base.get_decoder().layers:
-        key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
-        key = functional.linear(tokens, key_map.weight, key_map.bias)
-        if hasattr(layer.self_attn, "k_norm"):
-            heads = key.unflatten(-1, (-1, layer.self_attn.head_dim))
-            key = layer.self_attn.k_norm(heads).flatten(-2)
-        keys.append(key)
-        values.append(functional.linear(tokens, value_map.weight, value_map.bias))
-    return encoder.first_state(torch.stack(keys), torch.stack(values))
+    pairs = [global_keys_values(layer, tokens) for layer in policy.base.get_decoder().layers]
+    return encoder.first_state(torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs]))
+
+
+def global_keys_values(
+    layer: nn.Module, tokens: Float[Tensor, "tokens hidden"]
+) -> tuple[Float[Tensor, "tokens kv_dim"], Float[Tensor, "tokens kv_dim"]]:
+    """k_g and v_g in one layer: the frozen maps' projections of the global tokens, before any rotation."""
+    key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
+    key = functional.linear(tokens, key_map.weight, key_map.bias)
+    attention = layer.get_submodule("self_attn")
+    if hasattr(attention, "k_norm"):
+        heads = key.unflatten(-1, (-1, attention.head_dim))
+        key = attention.get_submodule("k_norm")(heads).flatten(-2)
+    return key, functional.linear(tokens, value_map.weight, value_map.bias)
 
 
 @timed("fold")
