@@ -230,10 +230,10 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
             for warning in overlap_warnings(arguments.train_path, path):
                 console.print(f"[yellow]warning[/]: {warning}")
     session = open_session(config)
-    console.print(f"decode: {decode_path(session.policy)}", highlight=False)
     if not session.task.evaluation:
         raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
     check_evaluation(session, config)
+    console.print(f"decode: {decode_path(session.policy)}", highlight=False)
 
     def write(evaluations: dict[str, Evaluation], completions: list[EvaluatedCompletion]) -> None:
         if arguments.output is not None:

@@ -17,7 +17,7 @@ from pte.evidence.readings import Reading, accuracy_by_age, read, scored_queries
 from pte.method.cache import EvictedTokens
 from pte.method.schedule import EvictionSchedule
 from pte.model.segment import folded_keys
-from pte.rollout import generate
+from pte.rollout import evict
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.walk import expanded_first_state
@@ -164,13 +164,13 @@ def test_blocks_of_traces_are_what_the_rollout_engine_evicts(monkeypatch: pytest
     task, policy = session.task, session.policy
     problems = [task.training(index).problem for index in range(3)]
     evicted: list[EvictedTokens] = []
-    fold = generate.fold
+    fold = evict.fold
 
     def noting(policy: object, state: Tensor, block: EvictedTokens) -> Tensor:
         evicted.append(block)
         return fold(policy, state, block)
 
-    monkeypatch.setattr(generate, "fold", noting)
+    monkeypatch.setattr(evict, "fold", noting)
     engine = RolloutEngine(policy, slots=3, max_new_tokens=40, temperature=0.0, stop_token_ids=())
     rollouts = engine.run([RolloutRequest(task.prompt_ids(problem), 0) for problem in problems])
     texts = [task.tokenizer.decode(one.completion_ids, skip_special_tokens=False) for one in rollouts]

@@ -173,7 +173,7 @@ def test_a_step_whose_b_was_overwritten_says_so_and_the_base_alone_overwrites_no
     fused_step(policy.without_adapter())
     check_close(run_fused(policy, 1, first)[0], run_plain(policy, 1)[0])
     fused_step(policy)
-    with pytest.raises(RuntimeError, match="another step has loaded its own since; call load_adapter"):
+    with pytest.raises(RuntimeError, match="another step has loaded its own since; call claim"):
         run_fused(policy, 1, first)
 
 

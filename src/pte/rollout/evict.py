@@ -15,6 +15,7 @@ import torch
 
 from pte.method.eviction.policy import kept_tokens
 from pte.model.segment import fold
+from pte.timing import timed
 
 if TYPE_CHECKING:
     from pte.model.policy import BoundedPolicy
@@ -25,6 +26,7 @@ EVICTED_NUMBERS = 2**26
 """Keys that one fold takes at most, over layers, rows and tokens: they and what is made of them need about 1 GB."""
 
 
+@timed("decode")
 def evict_where_due(policy: BoundedPolicy, buffers: DecodeBuffers, running: Sequence[RunningSequence | None]) -> None:
     """Folds and evicts a block in every sequence whose next token needs the room, some rows at a time.
 

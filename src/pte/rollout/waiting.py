@@ -7,10 +7,14 @@ Paper: none; gradient mode `chain`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from pte.method.cache import EvictedTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WaitingBlocks:
