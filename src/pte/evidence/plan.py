@@ -1,8 +1,8 @@
 """What an evidence run measures: tasks, arms, seeds and questions, as a list of parts per preset.
 
 Decides: every experiment of the evidence, in the order in which parts run: seed by seed, so that a run that has not
-ended yet has every question at its first seeds. Three seeds where arms and rules are compared; one for GRPO without a
-warm start, for ranks other than 32, and for the weaker controls of multiplication, whose training is the longest.
+ended yet has every question at its first seeds. Three seeds where arms and rules are compared; one for multiplication,
+transfer, GRPO without a warm start, ranks other than 32 and more than 32 facts, which take the longest.
 All arms of a comparison get equal steps, batches and learning rates.
 What a part does is in `parts.py`, how a policy is scored in `readings.py`, which base is made how in `bases.py`.
 
@@ -58,15 +58,17 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     parts: list[Part] = [part for level in compared for part in base_parts(level)]
     for seed in SEEDS[preset]:
         for level in compared:
-            once = seed > 0 and level.name == "multiplication"
-            parts += arm_parts(level, MAIN_ARMS if once else (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
+            if level.name != "multiplication":
+                parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
+            elif seed == 0:
+                parts += arm_parts(level, MAIN_ARMS, seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
         parts += capacity_parts(levels["recall-16"], seed=seed)
         parts += forgetting_parts(levels["recall-stream"], seed=seed)
         parts += length_parts(levels["recall-length"], seed=seed)
         parts += ablation_parts(levels["chained-8w"], seed=seed)
-        parts += transfer_parts(levels, seed=seed)
         if seed == 0:
+            parts += transfer_parts(levels, seed=seed)
             parts += cost_parts(levels["chained-8w"])
     return [*needed_bases(parts), *parts]
 
@@ -150,23 +152,22 @@ def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: Stag
 
 
 def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart | ScoredPart]:
-    """Recall of 4 to 128 facts with rule `delta` at rank 32; at the first seed other ranks, rules and the base too."""
+    """Recall of 4 to 32 facts at rank 32; at the first seed of up to 128, at other ranks, and by the base alone."""
     if seed == 0:
         readings = tuple(
             Reading(Label("capacity", level.task, "base_full", setting={"facts": facts}), level.with_facts(facts))
             for facts in CAPACITY_FACTS
         )
         yield ScoredPart("capacity-base", readings, after=level.base)
-    more = [("pte_delta", 8), ("pte_delta", 16), ("pte_delta", 64), ("pte_read", 32), ("pte_paper", 32)]
-    for facts in CAPACITY_FACTS:
-        for arm, rank in [("pte_delta", 32)] if seed else [("pte_delta", 32), *more]:
+    for facts in CAPACITY_FACTS[:4] if seed else CAPACITY_FACTS:
+        for rank in (32,) if seed else (8, 32, 64):
             config = seeded(level.with_facts(facts), seed)
             config = replace(config, adapter=replace(config.adapter, rank=rank))
-            about = Label("capacity", level.task, arm, "warm_start", seed, {"facts": facts, "rank": rank})
+            about = Label("capacity", level.task, "pte_delta", "warm_start", seed, {"facts": facts, "rank": rank})
             yield TrainedPart(
-                name=f"capacity-{facts}facts-rank{rank}-{arm}-seed{seed}",
+                name=f"capacity-{facts}facts-rank{rank}-pte_delta-seed{seed}",
                 config=config,
-                arm=arm,
+                arm="pte_delta",
                 readings=(Reading(about, config),),
                 after=level.base,
             )
