@@ -1,8 +1,7 @@
 """What an evidence run measures: tasks, arms, seeds and questions, as a list of parts per preset.
 
-Decides: every experiment of the evidence, in the order in which parts run: seed by seed, so that a run that has not
-ended yet has every question at its first seeds. Three seeds where arms and rules are compared; one for multiplication,
-transfer, GRPO without a warm start, ranks other than 32 and more than 32 facts, which take the longest.
+Decides: every experiment of the evidence, in the order in which parts run. Three seeds where arms and rules compete
+(tasks 1 to 3, GRPO after a warm start, forgetting), the first seed alone for all other questions.
 All arms of a comparison get equal steps, batches and learning rates.
 What a part does is in `parts.py`, how a policy is scored in `readings.py`, which base is made how in `bases.py`.
 
@@ -63,13 +62,12 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
             elif seed == 0:
                 parts += arm_parts(level, MAIN_ARMS, seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
-        parts += capacity_parts(levels["recall-16"], seed=seed)
         parts += forgetting_parts(levels["recall-stream"], seed=seed)
-        parts += length_parts(levels["recall-length"], seed=seed)
-        parts += ablation_parts(levels["chained-8w"], seed=seed)
-        if seed == 0:
-            parts += transfer_parts(levels, seed=seed)
-            parts += cost_parts(levels["chained-8w"])
+    parts += capacity_parts(levels["recall-16"])
+    parts += length_parts(levels["recall-length"])
+    parts += ablation_parts(levels["chained-8w"])
+    parts += transfer_parts(levels)
+    parts += cost_parts(levels["chained-8w"])
     return [*needed_bases(parts), *parts]
 
 
@@ -151,21 +149,20 @@ def rl_readings(level: Level, arm: str, config: ExperimentConfig, *, stage: Stag
     )
 
 
-def capacity_parts(level: Level, *, seed: int) -> Iterator[TrainedPart | ScoredPart]:
-    """Recall of 4 to 32 facts at rank 32; at the first seed of up to 128, at other ranks, and by the base alone."""
-    if seed == 0:
-        readings = tuple(
-            Reading(Label("capacity", level.task, "base_full", setting={"facts": facts}), level.with_facts(facts))
-            for facts in CAPACITY_FACTS
-        )
-        yield ScoredPart("capacity-base", readings, after=level.base)
-    for facts in CAPACITY_FACTS[:4] if seed else CAPACITY_FACTS:
-        for rank in (32,) if seed else (8, 32, 64):
-            config = seeded(level.with_facts(facts), seed)
+def capacity_parts(level: Level) -> Iterator[TrainedPart | ScoredPart]:
+    """Recall of 4 to 128 facts by states of rank 8 to 64 and by the base with its full cache."""
+    readings = tuple(
+        Reading(Label("capacity", level.task, "base_full", setting={"facts": facts}), level.with_facts(facts))
+        for facts in CAPACITY_FACTS
+    )
+    yield ScoredPart("capacity-base", readings, after=level.base)
+    for facts in CAPACITY_FACTS:
+        for rank in (8, 32, 64):
+            config = level.with_facts(facts)
             config = replace(config, adapter=replace(config.adapter, rank=rank))
-            about = Label("capacity", level.task, "pte_delta", "warm_start", seed, {"facts": facts, "rank": rank})
+            about = Label("capacity", level.task, "pte_delta", "warm_start", setting={"facts": facts, "rank": rank})
             yield TrainedPart(
-                name=f"capacity-{facts}facts-rank{rank}-pte_delta-seed{seed}",
+                name=f"capacity-{facts}facts-rank{rank}-pte_delta-seed0",
                 config=config,
                 arm="pte_delta",
                 readings=(Reading(about, config),),
@@ -187,27 +184,27 @@ def forgetting_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
         )
 
 
-def length_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+def length_parts(level: Level) -> Iterator[TrainedPart]:
     """Streams that ask for facts that a state can hold, far beyond the length of the training."""
     for arm in LENGTH_ARMS:
         readings = []
         for beyond in WINDOWS_BEYOND_TRAINING:
             windows = level.windows + beyond
             setting: dict[str, float | str] = {"windows": windows, "trained_windows": level.windows}
-            about = Label("length", level.task, arm, "warm_start", seed, setting)
-            readings.append(Reading(about, seeded(level.stream(windows=windows), seed)))
+            about = Label("length", level.task, arm, "warm_start", setting=setting)
+            readings.append(Reading(about, level.stream(windows=windows)))
         yield TrainedPart(
-            name=f"length-{arm}-seed{seed}",
-            config=seeded(level.config, seed),
+            name=f"length-{arm}-seed0",
+            config=level.config,
             arm=arm,
             readings=tuple(readings),
             after=level.base,
         )
 
 
-def ablation_parts(level: Level, *, seed: int) -> Iterator[TrainedPart]:
+def ablation_parts(level: Level) -> Iterator[TrainedPart]:
     """One factor at a time, in a training short enough to leave room; the first part is what all others vary."""
-    config = seeded(replace(level.config, distill=replace(level.config.distill, steps=60)), seed)
+    config = replace(level.config, distill=replace(level.config.distill, steps=60))
     yield ablation(level, config, factor="reference", value="reference")
     for factor, values in ADAPTER_FACTORS.items():
         for value, change in values.items():
@@ -245,11 +242,10 @@ GRADIENT_MODES: tuple[tuple[str, GradientMode, int], ...] = (
 
 def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str) -> TrainedPart:
     """One variant."""
-    seed = config.run.seed
-    about = Label("ablation", level.task, "pte_delta", "warm_start", seed, {"factor": factor, "value": value})
+    about = Label("ablation", level.task, "pte_delta", "warm_start", setting={"factor": factor, "value": value})
     name = f"ablation-{factor}-{value}".replace(" ", "_").replace(",", "").replace("%", "percent")
     return TrainedPart(
-        name=f"{name}-seed{seed}",
+        name=f"{name}-seed0",
         config=config,
         arm="pte_delta",
         readings=(Reading(about, config),),
@@ -258,18 +254,18 @@ def ablation(level: Level, config: ExperimentConfig, *, factor: str, value: str)
     )
 
 
-def transfer_parts(levels: dict[str, Level], *, seed: int) -> Iterator[TrainedPart]:
+def transfer_parts(levels: dict[str, Level]) -> Iterator[TrainedPart]:
     """Trained on one task or on both in turns, and read on each, all on the base that knows both."""
     single = [levels["puzzles-permutation"], levels["puzzles-multiplication"]]
     for trained in (*single, levels["puzzles-mixture"]):
         readings = []
         for one in single:
             setting: dict[str, float | str] = {"trained_on": trained.task, "read_on": one.task}
-            about = Label("transfer", "puzzles", "pte_delta", "warm_start", seed, setting)
-            readings.append(Reading(about, seeded(one.config, seed)))
+            about = Label("transfer", "puzzles", "pte_delta", "warm_start", setting=setting)
+            readings.append(Reading(about, one.config))
         yield TrainedPart(
-            name=f"transfer-{trained.task}-seed{seed}",
-            config=seeded(trained.config, seed),
+            name=f"transfer-{trained.task}-seed0",
+            config=trained.config,
             arm="pte_delta",
             readings=tuple(readings),
             after=trained.base,
