@@ -57,10 +57,8 @@ def plan(preset: PresetName, directory: Path) -> list[Part]:
     parts: list[Part] = [part for level in compared for part in base_parts(level)]
     for seed in SEEDS[preset]:
         for level in compared:
-            if level.name != "multiplication":
+            if seed == 0 or level.name != "multiplication":
                 parts += arm_parts(level, (*MAIN_ARMS, *OTHER_ARMS), seed=seed)
-            elif seed == 0:
-                parts += arm_parts(level, MAIN_ARMS, seed=seed)
         parts += rl_parts(levels["chained-rl"], seed=seed)
         parts += forgetting_parts(levels["recall-stream"], seed=seed)
     parts += capacity_parts(levels["recall-16"])
