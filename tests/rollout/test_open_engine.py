@@ -8,7 +8,7 @@ import torch
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sequences import NewTokens
-from sampled import SETTINGS, sample
+from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
 PROMPTS = random_sequences(9, prompt=(1, 9), seed=5)[0]
@@ -196,3 +196,42 @@ def test_a_request_that_cannot_be_is_refused(options: dict[str, float], text: st
     with pytest.raises(ValueError) as caught:
         RolloutRequest((5,), 0, **options)
     assert str(caught.value) == text
+
+
+def test_an_open_engine_is_opened_once_and_a_failed_opening_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = RolloutEngine(tiny_policy(), slots=2, max_new_tokens=6, temperature=1.0, stop_token_ids=())
+    request = requests_for([(5, 6, 7)])[0]
+    with pytest.raises(RuntimeError, match="this one is closed; call open first"):
+        engine.submit(request)
+    found: list[object] = []
+    engine.open(rows=1, prompt_slots=3, on_finish=lambda order, rollout: found.append(rollout))
+    engine.submit(request)
+    with pytest.raises(RuntimeError, match="this one is open; call close first"):
+        engine.run([request])
+    engine.refill()
+    while engine.busy:
+        engine.step()
+    assert len(found) == 1, "the open session went on"
+    engine.close()
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("pte.rollout.generate.decode_forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.run([request])
+    assert not engine.opened and not any(isinstance(value, torch.Tensor) for value in vars(engine).values())
+
+
+def test_a_prompt_that_waits_holds_its_own_keys_and_values_alone() -> None:
+    engine = RolloutEngine(tiny_policy(), slots=1, max_new_tokens=4, temperature=1.0, stop_token_ids=())
+    engine.open(rows=1, prompt_slots=4, on_finish=lambda order, rollout: None)
+    prompts = [(5, 6, 7, 8), (9,), (10,)]
+    for prompt in prompts:
+        engine.reader.expect(prompt)
+    engine.reader.read(prompts)
+    for prompt in prompts:
+        held = engine.reader.prefilled[prompt]
+        assert held.keys.untyped_storage().nbytes() == held.keys.nbytes
+        assert held.keys.shape[2] == len(prompt)
+    engine.close()

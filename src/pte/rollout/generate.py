@@ -157,6 +157,7 @@ class RolloutEngine:
 
         Raises:
             ValueError: The longest prompt plus max_new_tokens exceeds the trained positions.
+            RuntimeError: It is open already.
         """
         policy = self.policy
         check_positions(
@@ -165,46 +166,60 @@ class RolloutEngine:
             completion_tokens=self.max_new_tokens,
             allow_beyond_trained_positions=self.allow_beyond_trained_positions,
         )
-        weights = adapter_weights(policy)
-        self.on_finish, self.on_tokens = on_finish, on_tokens
-        self.submitted = 0
-        self.queue: deque[tuple[int, RolloutRequest]] = deque()
-        self.running: list[RunningSequence | None] = [None] * rows
-        self.first = first_state(policy)
-        self.buffers = DecodeBuffers.allocate(
-            policy,
-            rows=rows,
-            prompt_slots=prompt_slots,
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            first=self.first,
-        )
-        if own_temperatures:
-            self.buffers.track_temperatures()
-        if top_logprobs:
-            self.buffers.track_top(top_logprobs)
-        needs = policy.eviction.needs
-        self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
-        if self.observes and needs.attention is not None:
-            self.buffers.cache.track_attention(needs.attention)
-        self.reader = PromptReader(policy, weights=weights, first=self.first, state_control=self.state_control)
-        self.decode = decode_forward(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
-        self.make_token_step()
-        self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
-        states = self.buffers.states
-        self.peak_state_bytes = max(self.peak_state_bytes, 0 if states is None else states.nbytes)
+        if self.opened:
+            raise RuntimeError("an engine runs one set of requests at a time, and this one is open; call close first")
+        try:
+            weights = adapter_weights(policy)
+            self.on_finish, self.on_tokens = on_finish, on_tokens
+            self.submitted = 0
+            self.queue: deque[tuple[int, RolloutRequest]] = deque()
+            self.running: list[RunningSequence | None] = [None] * rows
+            self.first = first_state(policy)
+            self.buffers = DecodeBuffers.allocate(
+                policy,
+                rows=rows,
+                prompt_slots=prompt_slots,
+                max_new_tokens=self.max_new_tokens,
+                stop_token_ids=self.stop_token_ids,
+                first=self.first,
+            )
+            if own_temperatures:
+                self.buffers.track_temperatures()
+            if top_logprobs:
+                self.buffers.track_top(top_logprobs)
+            needs = policy.eviction.needs
+            self.observes = needs.attention is not None and policy.schedule.num_evictions(self.max_new_tokens) > 0
+            if self.observes and needs.attention is not None:
+                self.buffers.cache.track_attention(needs.attention)
+            self.reader = PromptReader(policy, weights=weights, first=self.first, state_control=self.state_control)
+            self.decode = decode_forward(policy, weights, num_positions=prompt_slots + self.max_new_tokens + 1)
+            self.make_token_step()
+            self.peak_cache_bytes = max(self.peak_cache_bytes, self.buffers.cache.kv_bytes)
+            states = self.buffers.states
+            self.peak_state_bytes = max(self.peak_state_bytes, 0 if states is None else states.nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Frees what `open` allocated, so that nothing of a rollout is held while an update runs."""
         for name in ("buffers", "first", "reader", "decode", "token_step", "on_finish", "on_tokens"):
-            delattr(self, name)
+            self.__dict__.pop(name, None)
+
+    @property
+    def opened(self) -> bool:
+        """True between `open` and `close`."""
+        return hasattr(self, "buffers")
 
     def submit(self, request: RolloutRequest) -> int:
         """The order of a request that waits for a row from now on: how many came before it.
 
         Raises:
             ValueError: The engine has no room for it, or it has a temperature of its own and the engine one for all.
+            RuntimeError: The engine is not open.
         """
+        if not self.opened:
+            raise RuntimeError("requests are submitted to an open engine, and this one is closed; call open first")
         check_fits(
             request,
             prompt_slots=self.buffers.cache.prompt_slots,

@@ -111,6 +111,9 @@ class PromptReader:
         values = torch.stack([attention.new_values[layer] for layer in layers])
         for index, prompt in enumerate(prompts):
             end = len(prompt)
+            # Copies: a view of one prompt that waits would keep the whole batch.
             self.prefilled[prompt] = Prefilled(
-                keys=keys[:, index, :, :end], values=values[:, index, :, :end], logits=logits[index]
+                keys=keys[:, index, :, :end].clone(),
+                values=values[:, index, :, :end].clone(),
+                logits=logits[index].clone(),
             )

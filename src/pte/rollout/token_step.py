@@ -83,15 +83,18 @@ class TokenStep:
         total = cache.positions.shape[1]
         if not self.captures:
             self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total), observed=observed)
-        elif self.replayed is not None:
-            self.replayed()
-        elif not self.warm:
-            # The first step runs as it is: libraries set themselves up, kernels are compiled.
-            self.advance(attended_slots=total)
-            self.warm = True
-        else:
-            self.replayed = self.captured(total)
-            self.replayed()
+            return
+        # Kernels are launched and graphs captured on the current device, whatever device their tensors lie on.
+        with torch.cuda.device(self.policy.device):
+            if self.replayed is not None:
+                self.replayed()
+            elif not self.warm:
+                # The first step runs as it is: libraries set themselves up, kernels are compiled.
+                self.advance(attended_slots=total)
+                self.warm = True
+            else:
+                self.replayed = self.captured(total)
+                self.replayed()
 
     def captured(self, attended_slots: int) -> Callable[[], None]:
         """The step as a CUDA graph; capturing runs nothing."""
