@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import collate_rollouts, logprob_gap
 from pte.rollout.replay import Replay
+from pte.timing import step_clock
 from sampled import SETTINGS, recorded, requests_for
 from tiny import random_sequences, tiny_base, tiny_policy
 
@@ -52,6 +54,19 @@ def test_a_captured_rollout_is_the_one_of_single_launches_and_of_the_cpu(setting
         assert mine.completion_ids == single.completion_ids == theirs.completion_ids
         torch.testing.assert_close(mine.rollout_logprobs, single.rollout_logprobs, rtol=0, atol=1e-6)
         torch.testing.assert_close(mine.rollout_logprobs, theirs.rollout_logprobs, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("clocked", [False, True])
+def test_eager_steps_are_captured_too_with_a_clock_and_without(clocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pte.rollout.token_step.fused_refusal", lambda policy: "as a test")
+    policy = policy_on("cuda", "thought")
+    with step_clock(policy.device) if clocked else nullcontext():
+        path, captured = rollouts(policy)
+    assert path == "eager, CUDA graph (as a test)"
+    _, launched = rollouts(policy, captures=False)
+    for mine, single in zip(captured, launched, strict=True):
+        assert mine.completion_ids == single.completion_ids
+        torch.testing.assert_close(mine.rollout_logprobs, single.rollout_logprobs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", SAMPLED)
