@@ -130,7 +130,7 @@ def test_plain_lora_equals_our_lora_policy_under_a_full_cache() -> None:
     attach_adapter(base, adapter)
 
     tokens = generate(plain_base, prompts(MINI), new_tokens=11)
-    logprobs = completion_logprobs(plain_base, tokens, prompt_tokens=MINI.prompt_tokens)
+    logprobs = completion_logprobs(plain_base, tokens, prompt_tokens=MINI.prompt_tokens, logits_again=False)
     rollout_logprobs = logprobs.detach() + 0.05 * torch.sin(torch.arange(22.0)).view(2, 11).double()
     mask = torch.ones_like(logprobs, dtype=torch.bool)
     shared = {
@@ -216,6 +216,38 @@ def test_the_backward_of_a_checkpointed_layer_computes_it_again() -> None:
         step.update(sampled)
         forwards[gradient_checkpointing] = len(calls)
     assert forwards == {False: 1, True: 2}
+
+
+def test_a_checkpointed_baseline_scores_a_chunk_of_tokens_at_a_time_and_no_logit_waits(monkeypatch) -> None:
+    updates, scored, saved = {}, {}, {}
+    # Three tokens at a time; 18 completion tokens are six chunks.
+    monkeypatch.setattr("pte.bench.plain.LOGITS_PER_CHUNK", 3 * MINI.shape.vocab)
+    for gradient_checkpointing in (False, True):
+        step = checkpointed_step(micro_batch=2, gradient_checkpointing=gradient_checkpointing)
+        sampled = generate(step.base, prompts(MINI), new_tokens=9)
+        tokens: list[int] = []
+        held: list[int] = []
+
+        def keep(tensor: torch.Tensor, held: list[int] = held) -> torch.Tensor:
+            held.append(tensor.numel() if tensor.shape[-1] == MINI.shape.vocab else 0)
+            return tensor
+
+        head = step.base.get_output_embeddings()
+        head.register_forward_hook(lambda _, __, out, tokens=tokens: tokens.append(out[..., 0].numel()))
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs = completion_logprobs(
+                step.base, sampled, prompt_tokens=MINI.prompt_tokens, logits_again=gradient_checkpointing
+            )
+        saved[gradient_checkpointing] = sum(held)
+        tokens.clear()
+        step.update(sampled)
+        scored[gradient_checkpointing] = tokens
+        updates[gradient_checkpointing] = [logprobs, *(linear.up for linear in step.adapted)]
+    assert scored == {False: [18], True: [3] * 12}, "twice, in forward and backward"
+    assert saved[False] >= 18 * MINI.shape.vocab and saved[True] == 0
+    for whole, chunked in zip(*updates.values(), strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-10, atol=1e-12)
 
 
 def test_plain_lora_comes_off_again() -> None:

@@ -37,11 +37,15 @@ def step(seconds: float, **more: float) -> Values:
 # One row for everything that a figure reads, with numbers that are easy to divide.
 MEASURED: dict[Case, Values] = {
     Case("rollout", "start", 128, 1024): {"first_run_seconds": 20.0},
-    Case("rollout", "pte", 128, 1024): step(0.0063, roofline_fraction=0.8, warm_up_seconds=10.0),
+    Case("rollout", "pte", 128, 1024): {
+        **step(0.0063, roofline_fraction=0.8, warm_up_seconds=10.0),
+        "fill_seconds": {"median": 2.0},
+    },
     Case("rollout", "pte", 64, 1024): step(0.005, roofline_fraction=0.7),
     Case("rollout", "pte", 1, 1024): step(0.004, roofline_fraction=0.6),
     Case("rollout", "window_lora", 128, 1024): step(0.006),
     Case("rollout", "window", 128, 1024): step(0.005),
+    Case("rollout", "generate", 128, None, 3072): step(0.02),
     Case("long", "pte", 256, 1024, 3072): {"tokens_per_second": 32_768.0},
     Case("long", "pte", 256, 1024, 65_536): {"tokens_per_second": 30_000.0},
     Case("long", "generate", 0, None, 3072): {"tokens_per_second": 8192.0},
@@ -82,8 +86,8 @@ def test_gpu_figures_by_hand() -> None:
         "step_peak_vs_lora_3k": 0.5,
         "step_state_fraction_7b": 0.1,
         "graph_capture_seconds": 30.0,
-        # 393,216 tokens: 48 s by generate, 12 s by PTE; 30 s are repaid after 30 / 36 rollouts.
-        "graph_capture_repaid_rollouts": pytest.approx(30 / 36),
+        # 3072 steps of 20 ms by generate, 61.44 s; by PTE 2 s until 1025 tokens are there, 2047 steps of 6.3 ms.
+        "graph_capture_repaid_rollouts": pytest.approx(30 / (61.44 - 14.8961)),
     }
 
 
@@ -96,6 +100,13 @@ def test_a_figure_without_its_row_is_null_and_the_others_stay(missing: Case) -> 
     allowed = {"long_rollout_ratio_64k"} if missing.arm in ("full", "generate") else set()
     assert changed or missing == Case("long", "generate", 0, None, 65_536)
     assert all(without[name] is None for name in changed - allowed)
+
+
+def test_what_is_never_repaid_has_no_number_of_rollouts() -> None:
+    case = Case("rollout", "generate", 128, None, 3072)
+    # 3072 steps of 4 ms are 12.3 s, PTE takes 14.9 s.
+    rows = {**ROWS, case: Row(case, "c1", step(0.004))}
+    assert gpu_figures(rows, model="7b")["graph_capture_repaid_rollouts"] is None
 
 
 def test_a_row_without_a_measurement_makes_no_figure() -> None:

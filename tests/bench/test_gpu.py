@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from pte.bench import arms, gpu_rollout
 from pte.bench.__main__ import main
 from pte.bench.arms import OurRollout, attached
+from pte.bench.device import empty_kernel_cache
 from pte.bench.figures import FIGURES
 from pte.bench.gpu_plan import TINY
 from pte.bench.gpu_report import gpu_table
+from pte.bench.gpu_rollout import START_TOKENS
 from pte.bench.gpu_run import PARTS, run_gpu
 from pte.bench.plain import generate
 from pte.bench.rows import Case, Row
@@ -27,6 +30,8 @@ from pte.bench.shapes import SHAPES, random_base
 from pte.bench.workload import random_ids
 from pte.model.load import linear_maps
 from pte.model.policy import BoundedPolicy
+from pte.rollout.generate import RolloutEngine
+from pte.rollout.token_step import TokenStep
 from pte.timing import SPANS
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -123,6 +128,13 @@ def test_a_step_s_spans_are_all_named_and_sum_to_its_time(whole_run: tuple[str, 
     assert sum(spans.values()) == pytest.approx(row.number("clocked_seconds"))
     busy = {"prefill", "decode", "fold", "read", "reward", "forward", "backward", "optimizer"}
     assert {name for name, seconds in spans.items() if seconds > 0} >= busy
+
+
+def test_only_the_update_whose_evicted_tokens_wait_reports_their_bytes(whole_run: tuple[str, dict]) -> None:
+    updates = {case: row for case, row in rows_of(whole_run[1]).items() if case.part == "update"}
+    assert {case.arm for case, row in updates.items() if row.number("evicted_bytes") is not None} == {"chain"}
+    # 32 tokens, window 8, blocks of 4: evictions before tokens 8, 12, ... 28, of 4 tokens x 128 bytes, two sequences.
+    assert updates[Case("update", "chain", 2, 8, 32)].number("evicted_bytes") == 2 * 6 * 4 * 128
 
 
 def test_parts_run_one_by_one_add_up_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +253,67 @@ def test_an_adapter_that_was_measured_leaves_the_base_as_it_was() -> None:
         assert [one.completion_ids for one in adapted] != plain
     assert sampled() == plain
     assert {type(linear) for linear in linear_maps(base)} == {torch.nn.Linear}, "the next adapter finds a free base"
+
+
+def test_the_start_runs_a_step_as_it_is_then_one_to_capture_and_one_to_replay(monkeypatch) -> None:
+    calls: list[int] = []
+    advance = TokenStep.__call__
+
+    def counted(self: TokenStep, **arguments: object) -> None:
+        calls.append(arguments["longest"])
+        advance(self, **arguments)
+
+    monkeypatch.setattr(TokenStep, "__call__", counted)
+    OurRollout(
+        BoundedPolicy(random_base(SHAPES["tiny"]), None, TINY.schedule(8)), random_ids(64, batch=2, tokens=5)
+    ).run(START_TOKENS, 0)
+    assert len(calls) == 3
+
+
+def test_our_arms_look_for_an_end_token_that_no_draw_gives(monkeypatch) -> None:
+    engines: list[RolloutEngine] = []
+
+    class SeenEngine(RolloutEngine):
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            super().__init__(*arguments, **settings)
+            engines.append(self)
+
+    monkeypatch.setattr(arms, "RolloutEngine", SeenEngine)
+    rollout = OurRollout(BoundedPolicy(random_base(SHAPES["tiny"]), None, TINY.schedule(8)), [(1, 2, 3)])
+    (completed,) = rollout.sample(20, seed=0)
+    (engine,) = engines
+    assert engine.stop_token_ids == {SHAPES["tiny"].vocab}
+    assert completed.finish_reason == "length" and len(completed.completion_ids) == 20
+
+
+def test_compiled_kernels_of_earlier_processes_are_out_of_sight_within_the_block(monkeypatch) -> None:
+    for before in ("/somewhere", None):
+        if before is None:
+            monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TRITON_CACHE_DIR", before)
+        with pytest.raises(KeyError), empty_kernel_cache():
+            folder = Path(os.environ["TRITON_CACHE_DIR"])
+            assert str(folder) != before and list(folder.iterdir()) == []
+            raise KeyError
+        assert os.environ.get("TRITON_CACHE_DIR") == before and not folder.exists()
+
+
+def test_first_rollouts_alone_are_measured_without_compiled_kernels(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    seen: list[tuple[int, bool]] = []
+
+    class SeenRollout(OurRollout):
+        def run(self, tokens: int, seed: int) -> None:
+            seen.append((tokens, os.environ["TRITON_CACHE_DIR"] != "/somewhere"))
+            super().run(tokens, seed)
+
+    monkeypatch.setattr(gpu_rollout, "OurRollout", SeenRollout)
+    monkeypatch.setitem(PARTS, "rollout", (lambda plan: gpu_rollout.rollout_cases(plan)[:2], PARTS["rollout"][1]))
+    run_gpu("tiny", "cpu", parts=["rollout"], output=tmp_path / "start.json")
+    assert seen[:3] == [(START_TOKENS, True), (START_TOKENS, False), (START_TOKENS, False)]
+    assert seen[3] == (9, True) and len(seen) > 4
+    assert not any(empty for _, empty in seen[4:])
 
 
 def test_a_reason_is_told_below_its_table() -> None:

@@ -109,3 +109,17 @@ def test_a_whole_completion_takes_the_time_of_its_window_and_not_of_its_length()
     clock.note(Case("long", "pte", 256, 1024, 3072), 60.0)
     assert clock.expected(Case("long", "pte", 256, 1024, 65_536)) == pytest.approx(60.0)
     assert clock.expected(Case("rollout", "pte", 256, 4096)) == pytest.approx(240.0)
+
+
+def test_a_row_under_the_full_cache_is_expected_to_take_the_time_of_its_length() -> None:
+    clock = PartClock(seconds=100.0)
+    clock.note(Case("long", "full", 0, None, 3072), 12.0)
+    assert clock.expected(Case("long", "full", 0, None, 8192)) == pytest.approx(32.0)
+    assert clock.expected(Case("long", "generate", 0, None, 6144)) == pytest.approx(24.0)
+
+
+def test_a_quick_row_does_not_make_the_next_one_of_its_arm_look_quick() -> None:
+    clock = PartClock(seconds=100.0)
+    clock.note(Case("long", "full", 0, None, 3072), 12.0)
+    clock.note(Case("long", "full", 0, None, 6144), 6.0)
+    assert clock.expected(Case("long", "full", 0, None, 8192)) == pytest.approx(32.0)

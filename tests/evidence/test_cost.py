@@ -21,7 +21,7 @@ from pte.evidence.cost import (
 )
 from pte.evidence.memory_process import config_of
 from pte.evidence.step import CostStep
-from pte.timing import SPANS
+from pte.timing import SPANS, StepClock
 from short_runs import short_config
 
 pytestmark = pytest.mark.system
@@ -45,7 +45,7 @@ def tiny_config(arm: str, **changes: object) -> ExperimentConfig:
 def test_the_parts_of_a_step_are_exclusive_and_sum_to_it() -> None:
     step = CostStep(tiny_config("pte"))
     clock = clocked_step(step, TOKENS, 0)
-    parts = breakdown(clock)
+    parts = breakdown(clock, path="eager")
     assert all(nanoseconds >= 0 for nanoseconds in clock.nanoseconds.values())
     assert sum(clock.nanoseconds.values()) == clock.total_nanoseconds
     names = [f"{name}_seconds" for name in (*SPANS, "other")]
@@ -58,9 +58,29 @@ def test_the_parts_of_a_step_are_exclusive_and_sum_to_it() -> None:
 
 
 def test_plain_lora_spends_no_time_on_a_state() -> None:
-    parts = breakdown(clocked_step(CostStep(tiny_config("lora_full")), TOKENS, 0))
+    parts = breakdown(clocked_step(CostStep(tiny_config("lora_full")), TOKENS, 0), path="eager")
     assert parts["fold_seconds"] == parts["read_seconds"] == parts["state_fraction"] == 0
     assert parts["decode_seconds"] > 0 and parts["backward_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"),
+    [
+        ("eager", True),
+        ("eager (the fused decode step does not observe attention)", True),
+        ("eager, CUDA graph (the fused decode step computes silu)", False),
+        ("fused kernels", False),
+        ("fused kernels, CUDA graph", False),
+    ],
+)
+def test_a_rollout_s_share_of_the_state_is_told_only_where_the_clock_sees_its_readings(path: str, seen: bool) -> None:
+    # 3 ns of fold and 1 ns of read in 8 ns of a rollout; an update of 8 ns folds for 2.
+    spans = {("decode",): 4, ("decode", "fold"): 3, ("decode", "read"): 1, ("backward",): 6, ("backward", "fold"): 2}
+    clock = StepClock()
+    clock.nanoseconds.update(spans)
+    parts = breakdown(clock, path=path)
+    assert parts.get("rollout_state_fraction") == (0.5 if seen else None)
+    assert (parts["update_state_fraction"], parts["state_fraction"]) == (0.25, 6 / 16)
 
 
 @needs_probe

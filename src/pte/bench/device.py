@@ -7,7 +7,9 @@ allocator's; on a CPU time is wall time, and memory is not read here (`memory.py
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pte.bench.gpu_plan import GpuPlan
 
 RUNS_IN_ONE_READING = 8
+KERNEL_CACHE = "TRITON_CACHE_DIR"
 
 
 def bench_device(name: str, *, model: str) -> torch.device:
@@ -116,6 +119,21 @@ def clear(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def empty_kernel_cache() -> Iterator[None]:
+    """Compiled kernels go to an empty folder within a block, so that none is found that an earlier process made."""
+    before = os.environ.get(KERNEL_CACHE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[KERNEL_CACHE] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[KERNEL_CACHE]
+            else:
+                os.environ[KERNEL_CACHE] = before
 
 
 class PeakMemory:

@@ -172,11 +172,14 @@ def capture_seconds(rows: Rows) -> float | None:
 
 def repaid_rollouts(rows: Rows) -> float | None:
     """Rollouts of 128 x 3072 tokens after which that is repaid against `generate`."""
-    ours, theirs = (completion_rate(rows, arm, 3072) for arm in ("pte", "generate"))
+    fill = number(rows, Case("rollout", "pte", 128, WINDOW), "fill_seconds", "median")
+    steady = step_seconds(rows, "pte")
+    theirs = number(rows, Case("rollout", "generate", 128, None, 3072), "seconds_per_step", "median")
     paid = capture_seconds(rows)
-    if not ours or not theirs or paid is None or ours <= theirs:
+    if fill is None or steady is None or theirs is None or paid is None:
         return None
-    return paid / (128 * 3072 * (1 / theirs - 1 / ours))
+    saved = 3072 * theirs - (fill + (3072 - WINDOW - 1) * steady)
+    return paid / saved if saved > 0 else None
 
 
 ROOFLINE = "7B: share of the serial roofline of a PTE decode step, 1K attended tokens, batch 1 / 64 / 128"
@@ -253,7 +256,8 @@ GPU_FIGURES: tuple[Figure, ...] = (
         "step_peak_vs_lora_3k",
         PEAK,
         "peak bytes of a GRPO step on 64 completions of 3072 tokens, micro-batches of 8, `chain` / of plain LoRA under "
-        "a full cache with the library's gradient checkpointing, weights included on both sides",
+        "a full cache with the library's gradient checkpointing, weights included and 2^24 logits at a time on both "
+        "sides",
         "x",
         at_most=0.55,
         read=step_peak_ratio,
@@ -261,22 +265,23 @@ GPU_FIGURES: tuple[Figure, ...] = (
     Figure(
         "step_state_fraction_7b",
         "",
-        "share of folding and reading the state in the wall time of that step",
+        "share of folding and reading the state, outside the decode kernels, in the wall time of that step",
         "x",
         read=lambda rows: number(rows, whole_step("pte"), "state_fraction"),
     ),
     Figure(
         "graph_capture_seconds",
         START,
-        "seconds of the first rollout of 2 tokens in a process, batch 128 (kernels compiled, graph captured, prompts "
-        "read), and what the first full rollout takes longer than later ones",
+        "seconds of the first rollout of 4 tokens in a process, batch 128 (no compiled kernel found; kernels compiled, "
+        "graph captured and replayed, prompts read), and what the first full rollout takes longer than later ones",
         "s",
         read=capture_seconds,
     ),
     Figure(
         "graph_capture_repaid_rollouts",
         START,
-        "these seconds / (seconds of 128 completions of 3072 tokens by `generate` - by PTE)",
+        "these seconds / (seconds of 128 completions of 3072 tokens by `generate`, steps at half the length, prompts "
+        "not counted - by PTE, the run that fills the window and steady steps)",
         "",
         at_most=10,
         read=repaid_rollouts,

@@ -136,7 +136,8 @@ def read_piece(bench: Bench, batch: int) -> Values:
 
     # The four groups of a layer read the same S: from memory once, then from the device's cache.
     bound = sum(state.nbytes for state in states) / bench.rates.bytes_per_second
-    return piece(bench, batch, work, bound=bound, how="products with S of all input groups and layers")
+    how = "products with S of all input groups and layers by torch; the fused step has them in its kernels instead"
+    return piece(bench, batch, work, bound=bound, how=how)
 
 
 def fold_piece(bench: Bench, batch: int) -> Values:

@@ -60,9 +60,9 @@ class PartClock:
         return perf_counter() - self.begin
 
     def note(self, case: Case, seconds: float) -> None:
-        """Keeps what a row took for its work."""
+        """Keeps what a row took for its work, where no row of its arm took more."""
         bounded, rate = case.window_tokens is not None, seconds / case.work
-        self.rates[case.arm] = rate
+        self.rates[case.arm] = max(rate, self.rates.get(case.arm, 0.0))
         self.worst[bounded] = max(rate, self.worst.get(bounded, 0.0))
 
     def expected(self, case: Case) -> float:

@@ -3,7 +3,8 @@
 Decides: the two sides. Ours is a rollout, a reward, the replay in `chain` by micro-batches, and the optimizer; the time
 comes from a step without a clock, the breakdown from one under `pte.timing`, which waits for the device at every span.
 Plain LoRA's is `generate` with its full cache at the end of the completion, where it takes the most memory, and the
-checkpointed update by the same micro-batches; its rollout's time is that of the step at half the length, for all.
+checkpointed update by the same micro-batches and chunks of logits; its rollout's time is that of the step at half the
+length, for all.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def our_step(bench: Bench, case: Case, tokens: int) -> Values:
         "spans": dict(spans),
         "state_fraction": sum(spans[name] for name in STATE_SPANS) / total,
         "how": f"{case.batch} completions of {tokens} tokens, micro-batches of {plan.step[2]}; spans from a step that "
-        f"waits for the device at every span",
+        f"waits for the device at every span; S that decode kernels read themselves is in decode, not in read",
     }
 
 
@@ -114,5 +115,5 @@ def plain_step(bench: Bench, case: Case, tokens: int) -> Values:
         "cache_bytes": rollout["cache_bytes"],
         "state_bytes": 0,
         "how": f"rollout: {tokens} steps of the bare base, timed at half the length, peak at its end; update: gradient "
-        f"checkpointing, micro-batches of {plan.step[2]}",
+        f"checkpointing, logits by chunks as in ours, micro-batches of {plan.step[2]}",
     }

@@ -79,12 +79,11 @@ def our_update(bench: Bench, case: Case, tokens: int) -> Values:
             micro_batch=case.batch,
         )
         values = timed_update(bench, lambda: step.update(rollouts))
-    waiting = schedule.num_evictions(tokens) * (schedule.evict_tokens or 0) * bench.work.kv_token_bytes
-    return {
-        **values,
-        **update_rates(bench, values, case.window_tokens, sequences=case.batch, tokens=tokens),
-        "evicted_bytes": case.batch * waiting,
-    }
+    rates = update_rates(bench, values, case.window_tokens, sequences=case.batch, tokens=tokens)
+    if case.arm != "chain":
+        return {**values, **rates}
+    evicted_tokens = schedule.num_evictions(tokens) * (schedule.evict_tokens or 0)
+    return {**values, **rates, "evicted_bytes": case.batch * evicted_tokens * bench.work.kv_token_bytes}
 
 
 def plain_update(bench: Bench, sequences: int, tokens: int) -> Values:

@@ -2,8 +2,8 @@
 
 Decides: the fastest plain form of the baseline. `generate` runs the bare base with a dynamic cache, sdpa attention,
 no logits processor and no end token. The LoRA step samples with A B merged into the weights, then computes the
-log-probs of a micro-batch in one teacher-forced forward, with the library's gradient checkpointing or without.
-Does not know our rollout or adapter.
+log-probs of a micro-batch in one teacher-forced forward: keeping every activation and logit, or with the library's
+gradient checkpointing and as many logits at a time as our replay. Does not know our rollout or adapter.
 
 Equals: our `lora` policy under a full cache, in loss and gradients (tested).
 """
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from pte.bench.workload import fixed_advantages, grpo_loss, make_optimizer, optimizer_step, randomize_ups
 from pte.learn.loss import BatchTotals
 from pte.learn.optimizer import backpropagate
+from pte.rollout.scores import LOGITS_PER_CHUNK
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -119,13 +121,29 @@ def generate(
 
 
 def completion_logprobs(
-    base: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], *, prompt_tokens: int
+    base: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], *, prompt_tokens: int, logits_again: bool
 ) -> Float[Tensor, "batch completion"]:
-    """Log-probs of the completions in one causal forward: logit of the token less log-sum-exp."""
-    hidden = base.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    logits = base.get_output_embeddings()(hidden[:, prompt_tokens - 1 :])
-    chosen = logits.gather(2, tokens[:, prompt_tokens:, None])[..., 0]
-    return chosen - logits.logsumexp(-1)
+    """Log-probs of the completions in one causal forward: logit of the token less log-sum-exp.
+
+    Args:
+        base: The model.
+        tokens: Prompts with their completions.
+        prompt_tokens: Of every prompt.
+        logits_again: `LOGITS_PER_CHUNK` logits at a time, computed again in the backward, as
+            `pte.rollout.scores.score` does; otherwise all at once, and kept.
+    """
+    hidden = base.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[:, prompt_tokens - 1 :]
+    targets, head = tokens[:, prompt_tokens:], base.get_output_embeddings()
+
+    def scored(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden)
+        return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+
+    if not logits_again:
+        return scored(hidden, targets)
+    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    return torch.cat([checkpoint(scored, *piece, use_reentrant=False) for piece in pieces]).view(targets.shape)
 
 
 @contextmanager
@@ -173,7 +191,7 @@ class PlainLoraStep:
         prompts: Of each completion, all of one length.
         rank: Of the adapters.
         micro_batch: Completions that are scored at once.
-        gradient_checkpointing: Activations of a layer are computed again in the backward.
+        gradient_checkpointing: Activations of a layer, and logits by chunks, are computed again in the backward.
     """
 
     def __init__(
@@ -208,7 +226,9 @@ class PlainLoraStep:
         advantages = fixed_advantages(completions).split(self.micro_batch)
         with checkpointed(self.base, self.gradient_checkpointing):
             for some, advantage in zip(sampled.split(self.micro_batch), advantages, strict=True):
-                logprobs = completion_logprobs(self.base, some, prompt_tokens=prompt_tokens)
+                logprobs = completion_logprobs(
+                    self.base, some, prompt_tokens=prompt_tokens, logits_again=self.gradient_checkpointing
+                )
                 # On policy: the sampling log-probs are those of the forward, as trainers without their own record
                 # take them.
                 loss = grpo_loss(

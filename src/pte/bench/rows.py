@@ -43,9 +43,9 @@ class Case:
 
     @property
     def work(self) -> int:
-        """What the time of measuring grows with: tokens, and for rollouts the window, which has to be filled first."""
-        if self.part in ("rollout", "long", "kernels"):
-            return self.window_tokens or 1
+        """What the time of measuring grows with: tokens, and for bounded rollouts the window, which is filled first."""
+        if self.part in ("rollout", "long", "kernels") and self.window_tokens is not None:
+            return self.window_tokens
         return self.tokens or 1
 
     @property

@@ -22,6 +22,7 @@ import torch
 from pte.bench.memory import read_in_fresh_process
 from pte.evidence.flops import counted_flops
 from pte.evidence.step import CostStep
+from pte.rollout.token_step import decode_path
 from pte.timing import StepClock, step_clock
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def measure_cost(config: ExperimentConfig, *, repeats: int = 3) -> dict[str, flo
         `backward_seconds`, `optimizer_seconds`, `other_seconds`, exclusive of each other, whose sum is
         `step_seconds`; `state_fraction`, the share of fold and read in it, and the same of the rollout's and of the
         update's spans. Without an update (the base alone) the entries that start with `update_` are missing; where
-        memory cannot be read (`pte.bench.memory`), `peak_memory_bytes` is.
+        memory cannot be read (`pte.bench.memory`), `peak_memory_bytes` is; where decode kernels are fused or captured,
+        S is read inside them, `rollout_state_fraction` is missing and `state_fraction` leaves these readings out.
 
     Raises:
         ValueError: `repeats` is below 1, or the experiment cannot be opened.
@@ -66,7 +68,8 @@ def measure_cost(config: ExperimentConfig, *, repeats: int = 3) -> dict[str, flo
     speeds = [speeds_of_a_step(step, tokens, index) for index in range(repeats)]
     costs |= {name: statistics.median(speed[name] for speed in speeds) for name in speeds[0]}
     clocks = [clocked_step(step, tokens, index) for index in range(repeats)]
-    costs |= breakdown(sorted(clocks, key=lambda clock: clock.total_nanoseconds)[(repeats - 1) // 2])
+    middle = sorted(clocks, key=lambda clock: clock.total_nanoseconds)[(repeats - 1) // 2]
+    costs |= breakdown(middle, path=decode_path(step.session.policy))
     if step.stage is None:
         costs = {name: cost for name, cost in costs.items() if not name.startswith("update_")}
     costs |= {"cache_bytes": float(step.cache_bytes), "state_bytes": float(step.state_bytes)}
@@ -146,8 +149,14 @@ def clocked_step(step: CostStep, tokens: int, index: int) -> StepClock:
     return clock
 
 
-def breakdown(clock: StepClock) -> dict[str, float]:
-    """Where the time of a step went, and the share of the state's work in it."""
+def breakdown(clock: StepClock, *, path: str) -> dict[str, float]:
+    """Where the time of a step went, and the share of the state's work in it.
+
+    Args:
+        clock: Of the step.
+        path: What computed the rollout's tokens, as `decode_path` names it; `rollout_state_fraction` is missing where
+            no clock sees its kernels one by one.
+    """
     seconds = clock.seconds()
 
     def share(outermost: Sequence[str]) -> float:
@@ -155,11 +164,13 @@ def breakdown(clock: StepClock) -> dict[str, float]:
         state = sum(spent for path, spent in times.items() if path[-1] in STATE_SPANS)
         return state / max(1, sum(times.values()))
 
+    hidden = path.startswith("fused") or "CUDA graph" in path
+    rollout = {} if hidden else {"rollout_state_fraction": share(ROLLOUT_SPANS)}
     return {
         **{f"{name}_seconds": spent for name, spent in seconds.items()},
         "step_seconds": clock.total_nanoseconds / 1e9,
         "state_fraction": sum(seconds[name] for name in STATE_SPANS) * 1e9 / clock.total_nanoseconds,
-        "rollout_state_fraction": share(ROLLOUT_SPANS),
+        **rollout,
         "update_state_fraction": share(UPDATE_SPANS),
     }
 
