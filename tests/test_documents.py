@@ -62,6 +62,15 @@ def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
     assert not {config.task.train_path} & set(config.task.eval_paths)
 
 
+@pytest.mark.parametrize("file", ["config_policy.py", "integrations/peft_config.py"])
+def test_recent_tokens_names_every_policy_that_reads_it(file: str) -> None:
+    text = (ROOT / "src" / "pte" / file).read_text(encoding="utf-8")
+    described = re.search(r'recent_tokens: int \| None = None\n    """(.*?)"""', text, re.DOTALL)
+    assert described is not None
+    readers = [name for name, entry in POLICIES.items() if entry.option == "recent_tokens"]
+    assert re.findall(r"`(\w+)`", described[1]) == readers
+
+
 @cache
 def fields_read() -> set[tuple[str, str]]:
     """(section, field) for every attribute that the sources read of a section.
