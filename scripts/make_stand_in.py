@@ -4,7 +4,7 @@ Number of heads, key-value heads, biases, tied embeddings and kind of rotary emb
 numbers, and there are 2 layers. The tokenizer is a byte-level BPE of a problem file's text with the family's special
 tokens. A stand-in answers nothing right: it shows that an experiment loads, fits together and runs, on any machine.
 
-    python scripts/make_stand_in.py qwen2.5-3b ../shared/data/dapo_math_sample.jsonl models/stand-in-qwen2.5-3b
+    python scripts/make_stand_in.py qwen2.5-3b data/dapo_math_sample.jsonl models/stand-in-qwen2.5-3b
     pte train configs/paper-qwen2.5-3b.toml --model.path models/stand-in-qwen2.5-3b --model.device cpu --dry-run
 """
 

@@ -4,7 +4,7 @@ No solutions are in the problem files, so the model only learns to continue prob
 nothing right and is there to exercise the whole pipeline on real problems. Nothing of the data is kept but the
 tokenizer's merges and the weights.
 
-    python scripts/make_text_model.py ../shared/data/gsm8k_train.jsonl models/text-tiny
+    python scripts/make_text_model.py data/gsm8k_train.jsonl models/text-tiny
 """
 
 from __future__ import annotations

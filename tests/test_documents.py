@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 from functools import cache
@@ -20,6 +21,8 @@ from pte.report.command import read_runs
 from pte.report.page import render_markdown
 from pte.report.sections import build_report
 from pte.tasks.families import FAMILIES
+from pte.tasks.problems import Problem
+from pte.tasks.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -60,6 +63,28 @@ def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
     assert "gsm8k_train" in str(config.task.train_path)
     assert [Path(name).stem for name in config.task.eval_paths] == ["gsm8k_test", "aime24"]
     assert not {config.task.train_path} & set(config.task.eval_paths)
+
+
+def test_every_data_file_lies_in_a_directory_that_the_reader_makes_and_has_a_source() -> None:
+    named = {f"data/{one.file}" for one in SUITES["math6"]}
+    for path in EXPERIMENTS:
+        task = load_experiment(path).task
+        named |= {name for name in (task.train_path, *task.eval_paths) if name is not None}
+    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and ".jsonl` |" in line]
+    sourced = {f"data/{file}" for row in rows for file in re.findall(r"`(\w+\.jsonl)`", row.split(" | ")[0])}
+    assert named == sourced
+    (example,) = re.findall(r"^\{.*\}$", text, re.MULTILINE)
+    assert list(json.loads(example)) == [field.name for field in dataclasses.fields(Problem)]
+
+
+@pytest.mark.parametrize("file", ["config_policy.py", "integrations/peft_config.py"])
+def test_recent_tokens_names_every_policy_that_reads_it(file: str) -> None:
+    text = (ROOT / "src" / "pte" / file).read_text(encoding="utf-8")
+    described = re.search(r'recent_tokens: int \| None = None\n    """(.*?)"""', text, re.DOTALL)
+    assert described is not None
+    readers = [name for name, entry in POLICIES.items() if entry.option == "recent_tokens"]
+    assert re.findall(r"`(\w+)`", described[1]) == readers
 
 
 @cache

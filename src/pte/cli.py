@@ -1,7 +1,7 @@
 """The command `pte`: train, distill, eval, generate, serve, compare, evidence, report, bench.
 
-Decides: how an experiment file, a saved adapter's options and the user's flags become one configuration (in this
-order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
+Decides: how an experiment file, a saved adapter's options and budget, and the user's flags become one configuration
+(in this order, the last word is the user's), what is printed, and how errors look. Heavy imports come after parsing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ EXAMPLES = {
     "distill": "pte distill configs/embedded.toml --distill.steps 200 --run.name warm",
     "eval": "pte eval configs/embedded.toml --adapter.checkpoint runs/embedded/pte\n"
     "  pte eval --cache.window-tokens 64 --cache.evict-tokens 16 --adapter.kind none --output scores.json\n"
-    "  pte eval configs/paper-qwen2.5-3b.toml --suite math6 --data-dir ../shared/data --adapter.kind none",
+    "  pte eval configs/paper-qwen2.5-3b.toml --suite math6 --data-dir data --adapter.kind none",
     "generate": 'pte generate --adapter.kind none --prompt "A3 B5 #1 A B C #2 C A D ? D"',
     "serve": "pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512\n"
     "  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
@@ -286,7 +286,10 @@ def parse(command: str, words: Sequence[str]) -> object:
 
 
 def adapter_flags(flags: Sequence[str]) -> list[str]:
-    """Flags with the options of the adapter that `--adapter.checkpoint` names, so that nobody repeats them."""
+    """Flags with the options of the adapter that `--adapter.checkpoint` names, so that nobody repeats them.
+
+    A PEFT folder of ours says the budget that it was trained with, too.
+    """
     path = None
     for index, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
@@ -295,11 +298,14 @@ def adapter_flags(flags: Sequence[str]) -> list[str]:
     if path is None:
         return []
     from pte.lora_folder import saved_options
+    from pte.peft_folder import saved_budget
 
     options: list[str] = []
     for name, option in saved_options(path).items():
         options.append(f"--adapter.{name.replace('_', '-')}")
         options += [str(item) for item in option] if isinstance(option, list) else [str(option)]
+    for name, budget in saved_budget(path).items():
+        options += [f"--cache.{name.replace('_', '-')}", str(budget)]
     return options
 
 

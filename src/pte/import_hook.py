@@ -49,7 +49,10 @@ class _ImportWatcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The package's own spec, its loader extended; None for every other module."""
+        """The package's own spec, its loader extended; None for every other module.
+
+        A loader may be that of other modules, too, as a zip file's is; what it does for these stays as it was.
+        """
         if fullname != self.package or self.asking:
             return None
         self.asking = True
@@ -61,10 +64,12 @@ class _ImportWatcher(MetaPathFinder):
             return None
         run = spec.loader.exec_module
 
-        def run_and_import(package: ModuleType) -> None:
-            run(package)
-            sys.meta_path.remove(self)
-            _import_or_warn(self.module)
+        def run_and_import(loaded: ModuleType) -> None:
+            run(loaded)
+            if loaded.__spec__ is spec:
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                _import_or_warn(self.module)
 
         # On the instance: whoever looks at the loader still sees the class that it knows.
         spec.loader.exec_module = run_and_import  # type: ignore[assignment, method-assign]

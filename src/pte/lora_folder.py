@@ -18,7 +18,7 @@ import torch
 
 from pte.checkpoint_files import AdapterMetadata, Option, check_adapter_fits
 from pte.method.adapter import LINEAR_MAPS
-from pte.peft_folder import check_tensors_fit, load_any_adapter, read_config, read_weights
+from pte.peft_folder import check_tensors_fit, load_any_adapter, read_config, read_weights, required_field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,15 +28,25 @@ if TYPE_CHECKING:
 LORA_KEY = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<name>\w+)\.lora_(?P<side>[AB])\.weight"
 )
-PLAIN_LORA = {
+PLAIN_LORA: dict[str, object] = {
     "bias": "none",
     "fan_in_fan_out": False,
     "use_dora": False,
     "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
-"""What a LoRA configuration must say, where it says anything, for its adapter to be A and B with one scale."""
+"""What a LoRA configuration must say, where it says anything, for its adapter to be A and B with one scale.
+
+PEFT's variants are among them: they bear LoRA's tensor names and compute something else. VeLoRA computes the same.
+"""
 INTACT_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations of LoRA that leave the base's weights as they were."""
 
@@ -81,11 +91,13 @@ def load_lora(path: str | Path) -> LoraAdapter:
 
     Raises:
         FileNotFoundError: It holds no weights.
-        ValueError: It is no LoRA adapter, or has more than A, B and one scale on linear maps of decoder layers.
+        ValueError: It is no LoRA adapter, has more than A, B and one scale on linear maps of decoder layers, or does
+            not say its rank or alpha.
     """
     config = read_config(Path(path))
     _check_plain_lora(config, path)
-    rank, alpha = cast(int, config["r"]), cast(float, config["lora_alpha"])
+    rank = cast(int, required_field(config, "r", path=path))
+    alpha = cast(float, required_field(config, "lora_alpha", path=path))
     tensors: dict[str, Tensor] = {}
     maps: dict[int, set[str]] = {}
     for key, tensor in read_weights(Path(path)).items():

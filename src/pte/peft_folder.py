@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,6 +31,14 @@ KEY_PREFIX = "base_model.pte_adapters."
 """Before the adapter's own parameter names in a folder; PEFT puts the adapter's name behind it in a model."""
 OPTION_FIELDS = ("kind", "scale", "update_rule", "key_space")
 RENAMED_FIELDS = {"rank": "r", "targets": "target_modules"}
+BUDGET_FIELDS = {
+    "policy": "eviction",
+    "window_tokens": "window_tokens",
+    "evict_tokens": "evict_tokens",
+    "sink_tokens": "sink_tokens",
+    "recent_tokens": "recent_tokens",
+}
+"""Names in a folder of an experiment's section `cache`."""
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -54,7 +63,8 @@ def load_peft_folder(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetada
 
     Raises:
         FileNotFoundError: It holds no weights.
-        ValueError: It is an adapter of another method, its weights are corrupt or a pickle, or more than an adapter.
+        ValueError: It is an adapter of another method, does not say one of its options, its weights are corrupt or a
+            pickle, or more than an adapter.
     """
     config = read_config(Path(path))
     if config.get("peft_type") != PEFT_TYPE:
@@ -69,9 +79,9 @@ def load_peft_folder(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetada
                 f"{path} must hold the adapter's tensors alone, got {key!r}; save it with save_embedding_layers=False, "
                 f"on a base whose vocabulary is the saved one"
             )
-    options = {name: config[name] for name in OPTION_FIELDS}
-    options |= {ours: config[theirs] for ours, theirs in RENAMED_FIELDS.items()}
-    options["global_tokens"] = 0 if config["kind"] == "lora" else config["global_tokens"]
+    options = {name: required_field(config, name, path=path) for name in OPTION_FIELDS}
+    options |= {ours: required_field(config, theirs, path=path) for ours, theirs in RENAMED_FIELDS.items()}
+    options["global_tokens"] = 0 if config["kind"] == "lora" else required_field(config, "global_tokens", path=path)
     if config.get("layers"):
         options["layers"] = config["layers"]
     metadata = AdapterMetadata(
@@ -80,6 +90,27 @@ def load_peft_folder(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetada
         base_fingerprint=cast("str | None", config.get("base_fingerprint")),
     )
     return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}, metadata
+
+
+def saved_budget(path: str | Path) -> dict[str, str | int | None]:
+    """The budget that a thought adapter of a PEFT folder was trained with, as an experiment's section `cache` names it.
+
+    Args:
+        path: Any saved adapter.
+
+    Returns:
+        Nothing for an adapter of another kind: only our PEFT folders hold their budget.
+
+    Raises:
+        ValueError: The folder is ours and lacks a part of the budget.
+    """
+    config = read_config(Path(path))
+    if config.get("peft_type") != PEFT_TYPE:
+        return {}
+    return {
+        ours: cast("str | int | None", required_field(config, theirs, path=path))
+        for ours, theirs in BUDGET_FIELDS.items()
+    }
 
 
 def save_peft_folder(
@@ -106,11 +137,7 @@ def save_peft_folder(
         "base_fingerprint": metadata.base_fingerprint,
         "inference_mode": True,
         **{RENAMED_FIELDS.get(name, name): value for name, value in options.items()},
-        "eviction": cache.policy,
-        "window_tokens": cache.window_tokens,
-        "evict_tokens": cache.evict_tokens,
-        "sink_tokens": cache.sink_tokens,
-        "recent_tokens": cache.recent_tokens,
+        **{BUDGET_FIELDS[name]: value for name, value in asdict(cache).items()},
     }
     named = {f"{KEY_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_synced(directory / WEIGHTS_FILE, save(named, metadata={"format": "pt"}))
@@ -176,15 +203,37 @@ def read_config(path: Path) -> dict[str, object]:
     """`adapter_config.json` of a directory; nothing where there is none.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is no JSON, or no object.
     """
     file = path / ADAPTER_CONFIG_FILE
     if not file.is_file():
         return {}
     try:
-        return cast("dict[str, object]", json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is corrupt or truncated ({error}); use another copy") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {config!r:.40}; use another copy")
+    return config
+
+
+def required_field(config: Mapping[str, object], name: str, *, path: str | Path) -> object:
+    """What `adapter_config.json` says of an option that cannot be guessed.
+
+    Args:
+        config: Its content.
+        name: Of the option.
+        path: Of the folder, for the error.
+
+    Raises:
+        ValueError: It says nothing.
+    """
+    if name not in config:
+        raise ValueError(
+            f"{ADAPTER_CONFIG_FILE} of an adapter of peft_type {config.get('peft_type')} must say {name!r}, got none "
+            f"in {path}; add the value that it was trained with, or save the adapter again"
+        )
+    return config[name]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

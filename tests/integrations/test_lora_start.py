@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from peft_models import SMALL, logits_of, thought_adapter, token_ids
 from pte.cli import adapter_flags, parse
 from pte.integrations.peft import PTEConfig, policy_of, start_from_lora
+from pte.lora_folder import PLAIN_LORA, load_lora
 from pte.method.adapter import LINEAR_MAPS
 from pte.model.load import load_base
 from pte.rollout.record import collate
@@ -135,6 +137,50 @@ def test_a_lora_that_a_b_and_a_scale_do_not_describe_is_refused(
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         PTEConfig.from_lora(tmp_path)
+
+
+VARIANTS = {
+    "alora_invocation_tokens": [3, 4],
+    "layer_replication": [[0, 2], [1, 2]],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"beta": 0.0001},
+    "monteclora_config": {"use_entropy": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_under_lora_s_tensor_names_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    save_lora(tmp_path, r=2, target_modules=["q_proj"])
+    load_lora(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    assert not content[name], "PEFT writes it, and plain LoRA leaves it out"
+    file.write_text(json.dumps({**content, name: VARIANTS[name]}))
+    with pytest.raises(ValueError, match=f"^{name} of a LoRA adapter must be .*; train it without$"):
+        load_lora(tmp_path)
+
+
+def test_an_activated_lora_of_peft_is_refused(tmp_path: Path) -> None:
+    save_lora(tmp_path, r=2, target_modules=["q_proj"], alora_invocation_tokens=[3, 4])
+    with pytest.raises(ValueError, match=r"alora_invocation_tokens of a LoRA adapter must be None .*\[3, 4\]"):
+        load_lora(tmp_path)
+
+
+def test_every_variant_that_peft_knows_is_judged() -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
+    # VeLoRA stores less for the backward pass; its function is LoRA's.
+    assert known and known - {"velora_config"} <= PLAIN_LORA.keys()
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha"])
+def test_a_lora_that_does_not_say_its_scale_is_refused(name: str, tmp_path: Path) -> None:
+    save_lora(tmp_path, r=2, target_modules=["q_proj"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != name}))
+    with pytest.raises(ValueError, match=f"of peft_type LORA must say '{name}', got none"):
+        load_lora(tmp_path)
 
 
 def test_an_adapter_of_other_options_or_sizes_is_refused(tmp_path: Path) -> None:

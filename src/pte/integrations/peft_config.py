@@ -64,7 +64,8 @@ class PTEConfig(PeftConfig):
     sink_tokens: int = 4
     """First reasoning tokens that never leave; read with eviction `sinks` only."""
     recent_tokens: int | None = None
-    """Newest reasoning tokens that do not leave; read with evictions `h2o` and `rkv` only."""
+    """Newest reasoning tokens that do not leave; read with evictions `h2o`, `scissorhands`, `snapkv`, `rkv` and
+    `keydiff` only, each of which has a default (None)."""
     base_fingerprint: str | None = None
     """Of the only base that the adapter may be put on; None (null): any base of the same sizes."""
 
@@ -165,7 +166,8 @@ def check_peft_version(found: str) -> None:
     """
     if not found.startswith(PEFT_VERSIONS):
         raise ImportError(
-            f"adapters of peft_type {PEFT_TYPE} need peft {PEFT_VERSIONS}*, got {found}; install 'pte[peft]'"
+            f"adapters of peft_type {PEFT_TYPE} need peft {PEFT_VERSIONS}*, got {found}; in the checkout of "
+            f"pte run pip install -e '.[peft]'"
         )
 
 
