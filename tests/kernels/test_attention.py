@@ -7,6 +7,8 @@ from kernel_cases import DEVICE, check_close, random
 from pte.kernels.attention import decode_attention, filled_ends, num_splits
 from pte.kernels.reference import decode_attention_reference
 
+pytestmark = pytest.mark.system
+
 SLOTS = 70
 # Ragged prompts in 20 slots, then a window: nothing in it, full, with holes where a block left, with a few tokens, and
 # one whose prompt leaves a whole tile of 32 slots empty before the window's tokens.

@@ -8,6 +8,8 @@ from pte.kernels.epilogues import finish_gate_up, finish_qkv, finish_residual
 from pte.kernels.operands import Heads, LowRankUpdate, NewToken, padded_rank
 from pte.kernels.reference import finish_gate_up_reference, finish_qkv_reference, finish_residual_reference
 
+pytestmark = pytest.mark.system
+
 DTYPES = (torch.float32, torch.bfloat16)
 RANKS = (4, 8, 16, 24, 32, 64)
 

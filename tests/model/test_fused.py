@@ -24,6 +24,8 @@ HELD = torch.tensor(
         [0, 1, 2, 40, 41, 37, 38, 39],
     ]
 )
+
+pytestmark = pytest.mark.system
 TOKENS = torch.tensor([5, 9, 28])
 
 

@@ -17,6 +17,8 @@ from pte.rollout.record import Rollout
 from sampled import gap, requests_for
 from tiny import tiny_base, tiny_policy
 
+pytestmark = pytest.mark.system
+
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13)]
 
 
