@@ -277,6 +277,8 @@ def parse(command: str, words: Sequence[str]) -> object:
             )
         file_flags = flags_from_file(words.pop(0)) if words and not words[0].startswith("-") else []
         words = [*file_flags, *adapter_flags([*file_flags, *words]), *words]
+    if kind is ServeArguments:
+        words = [*budget_flags(words), *words]
     return tyro.cli(
         kind,
         prog=f"pte {command}",
@@ -301,6 +303,20 @@ def adapter_flags(flags: Sequence[str]) -> list[str]:
         options.append(f"--adapter.{name.replace('_', '-')}")
         options += [str(item) for item in option] if isinstance(option, list) else [str(option)]
     return options
+
+
+def budget_flags(words: Sequence[str]) -> list[str]:
+    """Flags with the budget of the first served adapter whose folder has one, so that nobody repeats them."""
+    paths = [path for word in words if not word.startswith("-") for path in (word, word.partition("=")[2]) if path]
+    if not paths:
+        return []
+    from pte.peft_folder import saved_budget
+
+    budget = next(filter(None, map(saved_budget, paths)), None)
+    if budget is None:
+        return []
+    options = {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 if __name__ == "__main__":

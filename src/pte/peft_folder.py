@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save
 
 from pte.checkpoint import load_adapter, save_adapter
 from pte.checkpoint_files import ADAPTER_CONFIG_FILE, AdapterMetadata, Option, write_synced
+from pte.config_policy import CacheConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pte.config_policy import CacheConfig
 
 PEFT_TYPE = "PTE"
 TASK_TYPE = "CAUSAL_LM"
@@ -30,6 +29,14 @@ KEY_PREFIX = "base_model.pte_adapters."
 """Before the adapter's own parameter names in a folder; PEFT puts the adapter's name behind it in a model."""
 OPTION_FIELDS = ("kind", "scale", "update_rule", "key_space")
 RENAMED_FIELDS = {"rank": "r", "targets": "target_modules"}
+BUDGET_FIELDS = {
+    "policy": "eviction",
+    "window_tokens": "window_tokens",
+    "evict_tokens": "evict_tokens",
+    "sink_tokens": "sink_tokens",
+    "recent_tokens": "recent_tokens",
+}
+NEEDED_BUDGET_FIELDS = {"eviction", "window_tokens", "evict_tokens"}
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -82,6 +89,19 @@ def load_peft_folder(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetada
     return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}, metadata
 
 
+def saved_budget(path: str | Path) -> CacheConfig | None:
+    """The budget that a PEFT folder says its adapter was trained under; None where nothing says so.
+
+    Raises:
+        ValueError, TypeError: It is no budget.
+    """
+    config = read_config(Path(path))
+    if "peft_type" not in config or not config.keys() >= NEEDED_BUDGET_FIELDS:
+        return None
+    options = {ours: config[theirs] for ours, theirs in BUDGET_FIELDS.items() if theirs in config}
+    return CacheConfig(**options)  # type: ignore[arg-type]
+
+
 def save_peft_folder(
     directory: str | Path, tensors: Mapping[str, Tensor], *, metadata: AdapterMetadata, cache: CacheConfig
 ) -> None:
@@ -106,11 +126,7 @@ def save_peft_folder(
         "base_fingerprint": metadata.base_fingerprint,
         "inference_mode": True,
         **{RENAMED_FIELDS.get(name, name): value for name, value in options.items()},
-        "eviction": cache.policy,
-        "window_tokens": cache.window_tokens,
-        "evict_tokens": cache.evict_tokens,
-        "sink_tokens": cache.sink_tokens,
-        "recent_tokens": cache.recent_tokens,
+        **{theirs: getattr(cache, ours) for ours, theirs in BUDGET_FIELDS.items()},
     }
     named = {f"{KEY_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_synced(directory / WEIGHTS_FILE, save(named, metadata={"format": "pt"}))
