@@ -190,12 +190,16 @@ def test_a_token_that_the_model_has_not_is_refused_in_a_text_and_in_a_chat() -> 
     tokenizer = load_tokenizer(embedded_model_dir())
     tokenizer.chat_template = TEMPLATE
     largest = max(IDS)
-    known, unknown = (PromptEncoder(tokenizer, vocabulary=size, max_prompt_tokens=16) for size in (largest + 1, largest))
+    known, unknown = (
+        PromptEncoder(tokenizer, vocabulary=size, max_prompt_tokens=16) for size in (largest + 1, largest)
+    )
     assert completion(known).prompts == (IDS,)
     for read in (completion, chat):
         fields = {} if read is completion else {"messages": [{"role": "user", "content": PROMPT}]}
         assert read(known, **fields)
-        with pytest.raises(ApiError, match=f"must be from 0 to {largest - 1}, got {largest}; use the tokenizer") as caught:
+        with pytest.raises(
+            ApiError, match=f"must be from 0 to {largest - 1}, got {largest}; use the tokenizer"
+        ) as caught:
             read(unknown, **fields)
         assert (caught.value.status, caught.value.param) == (400, "prompt" if read is completion else "messages")
 

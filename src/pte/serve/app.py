@@ -45,9 +45,7 @@ class CallResponse(StreamingResponse):
         headers: Of the response.
     """
 
-    def __init__(
-        self, call: Call, content: AsyncIterator[str], *, media_type: str, headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, call: Call, content: AsyncIterator[str], *, media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(content, media_type=media_type, headers=headers)
         self.call = call
 

@@ -204,7 +204,9 @@ def read_shared(
     stream = fields.flag("stream")
     temperature = fields.number("temperature", least=0.0, most=HOTTEST, default=1.0)
     if 0 < temperature < LEAST_TEMPERATURE:
-        raise fields.wrong("temperature", f"be 0 (greedy) or at least {LEAST_TEMPERATURE}", "write 0 or for example 1.0")
+        raise fields.wrong(
+            "temperature", f"be 0 (greedy) or at least {LEAST_TEMPERATURE}", "write 0 or for example 1.0"
+        )
     request = CompletionRequest(
         kind=kind,
         model=fields.text("model"),
