@@ -123,12 +123,12 @@ class ServeArguments:
     """An OpenAI-compatible server: /v1/completions, /v1/chat/completions, /v1/models, /health.
 
     Several adapters of one base and the base alone are models, each with its own slots under the same window: give the
-    one that the adapters were trained under. All memory is taken at the start and never grows: a full house queues, and
+    one that the adapters were trained under; a folder of PEFT brings its own. All memory is taken at the start and never grows: a full house queues, and
     past the queue answers 503.
     """
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]ADAPTER...")] = ()
-    """Saved adapters or runs; requests name them by NAME, or by the last part of the path."""
+    """Saved adapters, runs or PEFT folders of peft_type PTE; requests name them by NAME, or by the last part of the path."""
     model: str = "embedded"
     """Directory or hub name of the base, and its name in requests; `embedded` is the tiny reasoner shipped with pte."""
     host: str = "127.0.0.1"
@@ -277,6 +277,8 @@ def parse(command: str, words: Sequence[str]) -> object:
             )
         file_flags = flags_from_file(words.pop(0)) if words and not words[0].startswith("-") else []
         words = [*file_flags, *adapter_flags([*file_flags, *words]), *words]
+    if kind is ServeArguments:
+        words = [*budget_flags(words), *words]
     return tyro.cli(
         kind,
         prog=f"pte {command}",
@@ -307,6 +309,18 @@ def adapter_flags(flags: Sequence[str]) -> list[str]:
     for name, budget in saved_budget(path).items():
         options += [f"--cache.{name.replace('_', '-')}", str(budget)]
     return options
+
+
+def budget_flags(words: Sequence[str]) -> list[str]:
+    """Flags with the budget of the first served adapter whose folder has one, so that nobody repeats them."""
+    paths = [path for word in words if not word.startswith("-") for path in (word, word.partition("=")[2]) if path]
+    if not paths:
+        return []
+    from pte.peft_folder import saved_budget
+
+    budget = next(filter(None, map(saved_budget, paths)), {})
+    options = {name: value for name, value in budget.items() if value is not None}
+    return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 if __name__ == "__main__":

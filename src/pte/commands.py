@@ -347,7 +347,10 @@ def serve_command(arguments: ServeArguments, console: Console) -> None:
     """The server, until it is interrupted."""
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise RuntimeError(f"pte serve needs {' and '.join(missing)}, which this environment lacks; install pte[serve]")
+        raise RuntimeError(
+            f'pte serve needs {" and ".join(missing)}, which this environment lacks; pip install -e ".[serve]" in the '
+            f"checkout of pte"
+        )
     from pte.serve.command import ServeSettings, serve
 
     serve(ServeSettings(**vars(arguments)), console)

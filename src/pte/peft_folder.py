@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save
 
 from pte.checkpoint import load_adapter, save_adapter
 from pte.checkpoint_files import ADAPTER_CONFIG_FILE, AdapterMetadata, Option, write_synced
+from pte.config_policy import CacheConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from pte.config_policy import CacheConfig
 
 PEFT_TYPE = "PTE"
 TASK_TYPE = "CAUSAL_LM"

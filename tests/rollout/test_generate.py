@@ -137,7 +137,8 @@ def test_a_shuffled_state_of_a_single_request_is_refused() -> None:
     [
         ({"slots": 0}, "slots must be at least 1, got 0; use for example 64"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0; use for example 64"),
-        ({"temperature": -0.5}, "temperature must be 0 (greedy) or above, got -0.5; use for example 1.0"),
+        ({"temperature": 5e-5}, "temperature must be 0 (greedy) or at least 0.0001, got 5e-05; use for example 1.0"),
+        ({"temperature": -0.5}, "temperature must be 0 (greedy) or at least 0.0001, got -0.5; use for example 1.0"),
         (
             {"slots": 1, "state_control": "shuffled"},
             "state_control 'shuffled' needs at least 2 slots, got 1; use for example 64",

@@ -189,7 +189,8 @@ def test_a_request_s_own_temperature_needs_an_engine_that_was_opened_for_it() ->
     ("options", "text"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0; use for example 64"),
-        ({"temperature": -1.0}, "temperature must be 0 (greedy) or above, got -1.0; use for example 1.0"),
+        ({"temperature": 5e-5}, "temperature must be 0 (greedy) or at least 0.0001, got 5e-05; use for example 1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 (greedy) or at least 0.0001, got -1.0; use for example 1.0"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused(options: dict[str, float], text: str) -> None:

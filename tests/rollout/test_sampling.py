@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte.rollout.sampling import draw_tokens, stream_seed, stream_uniforms, token_logprobs
+from pte.rollout.sampling import LEAST_TEMPERATURE, draw_tokens, stream_seed, stream_uniforms, token_logprobs
 
 JUST_BELOW_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
 
@@ -75,6 +75,16 @@ def test_greedy_takes_the_likeliest_whatever_the_numbers_are() -> None:
 def test_temperature_zero_scores_as_temperature_one() -> None:
     logits = random_logits(9)
     assert torch.equal(token_logprobs(logits, 0), token_logprobs(logits, 1.0))
+
+
+def test_the_coldest_temperature_draws_the_likeliest_token_of_any_logits() -> None:
+    # Logits of any real model are far below 1e4; float32 holds them divided by the least temperature.
+    logits = torch.tensor([[1e4, -1e4, 9999.9, 0.0]], dtype=torch.float32)
+    for temperature in (LEAST_TEMPERATURE, torch.tensor([LEAST_TEMPERATURE])):
+        logprobs = token_logprobs(logits, temperature)
+        assert logprobs.isfinite().all()
+        for uniform in (0.0, 0.5, JUST_BELOW_ONE):
+            assert draw_tokens(logprobs, torch.tensor([uniform]), greedy=False).tolist() == [0]
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:

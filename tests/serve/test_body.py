@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pte.model.load import load_tokenizer
 from pte.serve.body import REFUSED, CompletionRequest, parse_json, read_chat, read_completion
@@ -109,7 +110,7 @@ REFUSALS = [
     ({"prompt": []}, "prompt", "prompt must have at least 1 token, got none; write something"),
     ({"prompt": 7}, "prompt", "prompt must be a string, a list of strings, a list of token ids or a list of such"),
     ({"prompt": [True]}, "prompt", "prompt must be a string, a list of strings, a list of token ids or a list of such"),
-    ({"prompt": [739]}, "prompt", "token ids of prompt must be from 0 to 738, got others; use the tokenizer of this"),
+    ({"prompt": [739]}, "prompt", "token ids of prompt must be from 0 to 738, got 739; use the tokenizer of this"),
     ({"prompt": [-1]}, "prompt", "token ids of prompt must be from 0 to 738"),
     ({"prompt": [5] * 17}, "prompt", "prompt must have at most 16 tokens on this server, got 17; shorten it"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens must be from 1 to 50, got 0; use at least 1"),
@@ -118,10 +119,15 @@ REFUSALS = [
     ({"max_tokens": True}, "max_tokens", "max_tokens must be an integer, got true; write for example 16"),
     ({"temperature": 2.5}, "temperature", "temperature must be from 0.0 to 2.0, got 2.5; write for example 1.0"),
     ({"temperature": -0.1}, "temperature", "temperature must be from 0.0 to 2.0"),
+    ({"temperature": 1e-38}, "temperature", "temperature must be 0 (greedy) or at least 0.0001, got 1e-38; write 0"),
+    ({"temperature": 9.9e-5}, "temperature", "temperature must be 0 (greedy) or at least 0.0001, got 9.9e-05; write 0"),
+    ({"temperature": 10**400}, "temperature", "temperature must be from 0.0 to 2.0, got 1000"),
+    ({"temperature": float("inf")}, "temperature", "temperature must be a number, got Infinity"),
     ({"temperature": "hot"}, "temperature", 'temperature must be a number, got "hot"; write for example 1.0'),
     ({"temperature": float("nan")}, "temperature", "temperature must be a number, got NaN"),
     ({"n": 0}, "n", "n must be from 1 to 5, got 0; use at least 1"),
     ({"n": 6}, "n", "n must be from 1 to 5, got 6; use at most 5"),
+    ({"prompt": ["A3"] * 6}, "prompt", "prompt must hold at most 5 prompts (slots and queue of this server), got 6;"),
     ({"prompt": [PROMPT] * 3, "n": 2}, "n", "prompts times n must be at most 5 (slots and queue of this server), got"),
     ({"seed": 2**63}, "seed", "seed must be from"),
     ({"stop": list("abcde")}, "stop", "stop must hold at most 4 strings"),
@@ -177,6 +183,56 @@ def test_what_cannot_be_is_refused_with_field_rule_value_and_remedy(
     assert (caught.value.status, caught.value.param) == (400, param)
     error = caught.value.body()["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+
+
+def test_a_token_that_the_model_has_not_is_refused_in_a_text_and_in_a_chat() -> None:
+    # A base whose embedding is smaller than the tokenizer: the last token that it knows is the largest of the text.
+    tokenizer = load_tokenizer(embedded_model_dir())
+    tokenizer.chat_template = TEMPLATE
+    largest = max(IDS)
+    known, unknown = (
+        PromptEncoder(tokenizer, vocabulary=size, max_prompt_tokens=16) for size in (largest + 1, largest)
+    )
+    assert completion(known).prompts == (IDS,)
+    for read in (completion, chat):
+        fields = {} if read is completion else {"messages": [{"role": "user", "content": PROMPT}]}
+        assert read(known, **fields)
+        with pytest.raises(
+            ApiError, match=f"must be from 0 to {largest - 1}, got {largest}; use the tokenizer"
+        ) as caught:
+            read(unknown, **fields)
+        assert (caught.value.status, caught.value.param) == (400, "prompt" if read is completion else "messages")
+
+
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """Counts what it encodes."""
+
+    encoded = 0
+
+    def __call__(self, *args: object, **options: object) -> object:
+        self.encoded += 1
+        return super().__call__(*args, **options)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    tokenizer = CountingTokenizer.from_pretrained(embedded_model_dir())
+    tokenizer.chat_template = TEMPLATE
+    encoder = PromptEncoder(tokenizer, vocabulary=739, max_prompt_tokens=16)
+    longest = max(map(len, tokenizer.get_vocab()))
+    assert encoder.max_characters == 16 * (longest + 1)
+    before = tokenizer.encoded
+    text = "A" * (encoder.max_characters + 1)
+    for read, fields in (
+        (completion, {"prompt": text}),
+        (completion, {"prompt": ["A3"] * 6}),
+        (chat, {"messages": [{"role": "user", "content": text}]}),
+    ):
+        with pytest.raises(ApiError, match="must (have at most [0-9]+ characters .16 tokens.|hold at most 5 prompts)"):
+            read(encoder, **fields)
+    assert tokenizer.encoded == before
+    # The longest prompt that there is room for is encoded: its tokens with a space before each.
+    name = max(tokenizer.get_vocab(), key=len)
+    assert len(encoder.encode(f" {name}" * 16, param="prompt", add_special_tokens=False)) == 16
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff", b"[" * 100000], ids=range(6))

@@ -138,7 +138,8 @@ def test_without_its_extra_the_command_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert "pte serve needs fastapi, which this environment lacks; install pte[serve]" in refused(capsys=capsys)
+    expected = 'pte serve needs fastapi, which this environment lacks; pip install -e ".[serve]" in the checkout'
+    assert expected in refused(capsys=capsys)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pte.rollout.sequences import NewTokens
@@ -83,6 +83,33 @@ def test_tokens_without_text_do_not_make_the_text_forget_where_it_is() -> None:
     a, b = tokenizer("a b")["input_ids"]
     incremental = IncrementalText(tokenizer)
     assert [incremental.push(token) for token in (a, tokenizer.eos_token_id, b)] == ["a", "", " b"]
+
+
+def test_a_token_that_shows_only_in_what_follows_is_not_forgotten() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    for text in ("  a b", "   ", "  é"):
+        ids = tokenizer(text)["input_ids"]
+        # The decoder strips the first space: it has no text of its own, and what follows has one space less.
+        assert tokenizer.convert_ids_to_tokens(ids)[0] == "▁" and decoded("byte fallback", ids[:1]) == ""
+        incremental = IncrementalText(tokenizer)
+        pieces = [incremental.push(token) for token in [tokenizer.eos_token_id, *ids]]
+        assert "".join(pieces) == decoded("byte fallback", ids) == text.removeprefix(" ")
+
+
+@given(ids=st.lists(st.integers(257, 268), max_size=12))
+def test_any_tokens_come_out_as_decoding_them_together_gives(ids: list[int]) -> None:
+    incremental = IncrementalText(TOKENIZERS["byte fallback"])
+    assert "".join(incremental.push(token) for token in ids) == decoded("byte fallback", ids)
+
+
+def test_ids_without_text_are_dropped_however_they_are_marked() -> None:
+    tokenizer = fallback_tokenizer()
+    tokenizer.add_tokens([AddedToken("<pad-1>", special=True)])
+    special, beyond = len(tokenizer) - 1, len(tokenizer) + 7
+    incremental = IncrementalText(tokenizer)
+    (a,) = tokenizer("a")["input_ids"]
+    assert [incremental.push(token) for token in (a, special, beyond, special)] == ["a", "", "", ""]
+    assert incremental.ids == [a]
 
 
 def up_to_first_stop(text: str, stops: list[str]) -> str:

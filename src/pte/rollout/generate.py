@@ -25,7 +25,7 @@ from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.evict import evict_where_due
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest, check_fits
-from pte.rollout.sampling import stream_uniforms, token_logprobs
+from pte.rollout.sampling import check_temperature, stream_uniforms, token_logprobs
 from pte.rollout.sequences import NewTokens, RunningSequence, SeenRow, new_tokens, whole_rollouts
 from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
@@ -48,14 +48,14 @@ class RolloutEngine:
         policy: The bounded policy.
         slots: Sequences that run at once; the cache is `slots` x (longest prompt + window) tokens, for ever.
         max_new_tokens: Completion tokens at most; a completion that reaches it is cut off.
-        temperature: Above 0, or 0 for greedy decoding.
+        temperature: At least 1e-4, or 0 for greedy decoding.
         stop_token_ids: Tokens that end a completion; they belong to it.
         state_control: `own` state; or, as a control, all states `zeroed`, or each sequence reading its neighbour's
             (`shuffled`).
         allow_beyond_trained_positions: Run past the positions that the base was trained on.
 
     Raises:
-        ValueError: Slots or max_new_tokens below 1, a negative temperature, or `shuffled` with fewer than 2 slots.
+        ValueError: Slots or max_new_tokens below 1, a temperature that nothing can be drawn at, or `shuffled` with fewer than 2 slots.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class RolloutEngine:
         for name, value in (("slots", slots), ("max_new_tokens", max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; use for example 64")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}; use for example 1.0")
+        check_temperature(temperature)
         if state_control == "shuffled" and slots < 2:
             raise ValueError(f"state_control 'shuffled' needs at least 2 slots, got {slots}; use for example 64")
         self.policy = policy

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pte.rollout.sampling import check_temperature
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -27,10 +29,10 @@ class RolloutRequest:
         prompt_ids: Token ids, at least one.
         stream_seed: Seed of the sequence's own random stream.
         max_new_tokens: Completion tokens at most; None for as many as the engine has room for.
-        temperature: Above 0, or 0 for greedy decoding; None for the engine's.
+        temperature: At least 1e-4, or 0 for greedy decoding; None for the engine's.
 
     Raises:
-        ValueError: The prompt is empty, max_new_tokens is below 1, or the temperature is negative.
+        ValueError: The prompt is empty, max_new_tokens is below 1, or nothing can be drawn at the temperature.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,8 +45,8 @@ class RolloutRequest:
             raise ValueError("a prompt must have at least 1 token, got none; check the problem and its template")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}; use for example 64")
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}; use for example 1.0")
+        if self.temperature is not None:
+            check_temperature(self.temperature)
 
 
 def check_fits(request: RolloutRequest, *, prompt_slots: int, max_new_tokens: int, own_temperatures: bool) -> None:

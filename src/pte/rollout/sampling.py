@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Above 0. A gap of 0.01 between two logits is 100 nats then, as good as greedy; far below, logits leave float32."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature that nothing can be drawn at.
+
+    Args:
+        temperature: Of a request or an engine.
+
+    Raises:
+        ValueError: It is negative, or above 0 and so small that divided logits may overflow.
+    """
+    if temperature != 0 and not temperature >= LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, got {temperature}; use for example 1.0"
+        )
+
+
 def token_logprobs(
     logits: Float[Tensor, "*rows vocab"], temperature: int | float | Float[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows vocab"]:

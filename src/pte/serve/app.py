@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -32,24 +33,34 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 2**20
 
 
-class EventStream(StreamingResponse):
-    """A stream of events that frees its slots however it ends.
+class CallResponse(StreamingResponse):
+    """A response whose call keeps its places until the client has read it or gone.
+
+    Its last part is empty, and a server sends a part only once the client has fetched most of what came before.
 
     Args:
-        call: What runs.
-        answer: Makes chunks of it.
+        call: Leaves however this ends.
+        content: Parts of the body.
+        media_type: Of the body.
+        headers: Of the response.
     """
 
-    def __init__(self, call: Call, answer: Answer) -> None:
-        super().__init__(events(call, answer), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, call: Call, content: AsyncIterator[str], *, media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(content, media_type=media_type, headers=headers)
         self.call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events until all are sent or nobody listens."""
+        """Sends until all is sent or nobody listens."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.call.cancel()
+            self.call.leave()
+
+
+def event_stream(call: Call, answer: Answer) -> Response:
+    """The answer as it comes."""
+    headers = {"Cache-Control": "no-store"}
+    return CallResponse(call, events(call, answer), media_type="text/event-stream", headers=headers)
 
 
 async def events(call: Call, answer: Answer) -> AsyncIterator[str]:
@@ -77,27 +88,35 @@ async def whole_answer(call: Call, answer: Answer, request: Request) -> Response
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
+    async def parts(body: str) -> AsyncIterator[str]:
+        yield body
+
+    response: Response | None = None
     collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(gone())
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             return Response(status_code=499)
         collecting.result()
-        return json_response(answer.whole(call.completion_tokens))
+        body = json.dumps(answer.whole(call.completion_tokens))
+        headers = {"Content-Length": str(len(body))}
+        response = CallResponse(call, parts(body), media_type="application/json", headers=headers)
+        return response
     finally:
         collecting.cancel()
         leaving.cancel()
-        call.cancel()
+        if response is None:
+            call.leave()
 
 
-async def body_of(request: Request) -> dict[str, object]:
-    """The JSON object that a request brings, up to a size."""
+async def body_of(request: Request) -> bytes:
+    """What a request brings, up to a size."""
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > MAX_BODY_BYTES:
             raise ApiError(f"the body must have at most {MAX_BODY_BYTES} bytes, got more; send less", status=413)
-    return parse_json(bytes(content))
+    return bytes(content)
 
 
 def make_app(house: House, *, api_key: str | None) -> FastAPI:
@@ -224,15 +243,19 @@ def completion_routes(house: House, *, api_key: str | None) -> APIRouter:
         max_prompt_tokens=models.limits.max_prompt_tokens,
     )
 
-    async def answered(request: Request, read: Callable[..., CompletionRequest]) -> Response:
-        body = await body_of(request)
+    def understood(content: bytes, read: Callable[..., CompletionRequest]) -> CompletionRequest:
+        body = parse_json(content)
         named = body.get("model")
         if isinstance(named, str):
             check_served(models, named)
-        wanted = read(body, limits=models.limits, encoder=encoder)
+        return read(body, limits=models.limits, encoder=encoder)
+
+    async def answered(request: Request, read: Callable[..., CompletionRequest]) -> Response:
+        # In a thread of its own, as long texts take long: streams go on meanwhile.
+        wanted = await asyncio.to_thread(understood, await body_of(request), read)
         call, answer = house.enter(wanted), Answer(wanted, fingerprint=models.fingerprint)
         if wanted.stream:
-            return EventStream(call, answer)
+            return event_stream(call, answer)
         return await whole_answer(call, answer, request)
 
     @router.post("/completions")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pte.rollout.sampling import LEAST_TEMPERATURE
 from pte.serve.errors import ApiError
 from pte.serve.fields import Fields
 from pte.serve.prompts import PromptEncoder
@@ -89,7 +90,7 @@ class CompletionRequest:
         prompts: Token ids of each prompt; a chat has one.
         samples: Completions of each prompt.
         max_new_tokens: Completion tokens at most.
-        temperature: Above 0, or 0 for greedy decoding.
+        temperature: At least 1e-4, or 0 for greedy decoding.
         seed: From which the completions' streams come.
         stops: Strings that end a completion and are not part of it.
         top_logprobs: Likeliest tokens to tell beside each token; None for no log-probs at all.
@@ -137,7 +138,7 @@ def read_completion(body: Mapping[str, object], *, limits: Limits, encoder: Prom
         ApiError: A field is missing, unknown, refused, of another type or out of range.
     """
     fields = Fields(body)
-    prompts = encoder.prompts(fields.take("prompt"))
+    prompts = encoder.prompts(fields.take("prompt"), most=limits.slots + limits.max_queue)
     most = min(MOST_COMPLETION_LOGPROBS, limits.top_logprobs)
     top_logprobs = fields.integer("logprobs", least=0, most=most) if fields.has("logprobs") else None
     max_new_tokens = fields.integer(
@@ -201,13 +202,18 @@ def read_shared(
     for name, (neutral, reason) in REFUSED.items():
         fields.refuse(name, neutral=neutral, reason=reason)
     stream = fields.flag("stream")
+    temperature = fields.number("temperature", least=0.0, most=HOTTEST, default=1.0)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise fields.wrong(
+            "temperature", f"be 0 (greedy) or at least {LEAST_TEMPERATURE}", "write 0 or for example 1.0"
+        )
     request = CompletionRequest(
         kind=kind,
         model=fields.text("model"),
         prompts=prompts,
         samples=fields.integer("n", least=1, most=limits.slots + limits.max_queue, default=1),
         max_new_tokens=max_new_tokens,
-        temperature=fields.number("temperature", least=0.0, most=HOTTEST, default=1.0),
+        temperature=temperature,
         seed=fields.integer(
             "seed", least=-LARGEST_SEED - 1, most=LARGEST_SEED, default=secrets.randbelow(LARGEST_SEED)
         ),

@@ -89,8 +89,11 @@ class Fields:
         if not self.has(name):
             return default
         value = self.values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # A whole number may be too large for isfinite, which makes a float of it.
+        real = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if isinstance(value, bool) or not real:
             raise self.wrong(name, "be a number", f"write for example {default}")
+        assert isinstance(value, int | float)
         if not least <= value <= most:
             raise self.wrong(name, f"be from {least} to {most}", f"write for example {default}")
         return float(value)

@@ -1,7 +1,8 @@
 """The event loop's side of the work: who is let in, and the news of each call as they come.
 
 Decides: that a model never has more sequences than slots and queue, which is what bounds memory and waiting; a call
-beyond is refused at once. Does not know: HTTP, engines.
+beyond is refused at once. A sequence has its place until it has ended and its call has left, so that answers which
+nobody reads are no more than the places. Does not know: HTTP, engines.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Call:
         self.sequences = sequences
         self.inbox: asyncio.Queue[tuple[int, Progress]] = asyncio.Queue()
         self.open = set(sequences)
+        self.has_left = False
 
     async def progress(self) -> AsyncIterator[tuple[int, Piece, End | None]]:
         """Place in the answer, next piece, and why nothing follows, until all have ended.
@@ -54,10 +56,16 @@ class Call:
             left -= news.end is not None
             yield choice, news.piece, news.end
 
-    def cancel(self) -> None:
-        """Drops what still runs; its slots are free as soon as the worker has seen it."""
-        for sequence in self.open:
-            self.house.worker.cancel(sequence)
+    def leave(self) -> None:
+        """Gives its places back; what still runs is dropped, and its place is free once the worker has seen it."""
+        if self.has_left:
+            return
+        self.has_left = True
+        for sequence in self.sequences:
+            if sequence in self.open:
+                self.house.worker.cancel(sequence)
+            else:
+                self.house.free_place(sequence)
 
     @property
     def completion_tokens(self) -> int:
@@ -147,11 +155,17 @@ class House:
         """Hands news to their calls; who has ended makes room."""
         for sequence, progress in news:
             call = self.calls[sequence]
-            call.inbox.put_nowait((sequence.choice, progress))
+            if not call.has_left:
+                call.inbox.put_nowait((sequence.choice, progress))
             if progress.end is not None:
                 del self.calls[sequence]
                 call.open.discard(sequence)
-                self.present[sequence.model] -= 1
+                if call.has_left:
+                    self.free_place(sequence)
+
+    def free_place(self, sequence: ServedSequence) -> None:
+        """Makes room for another, now that a sequence has ended and its call has left."""
+        self.present[sequence.model] -= 1
 
     def fail(self) -> None:
         """Lets nobody in any more."""

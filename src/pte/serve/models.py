@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from pte.checkpoint import load_adapter
 from pte.checkpoint_files import check_adapter_fits
+from pte.config_policy import CacheConfig
 from pte.method.adapter import ThoughtAdapter
 from pte.model.load import end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, layer_sizes
+from pte.peft_folder import check_tensors_fit, load_any_adapter, saved_budget
 from pte.rollout.generate import RolloutEngine
 from pte.serve.body import Limits
 from pte.session import base_fingerprint, eviction_policy
@@ -26,7 +27,7 @@ from pte.tasks.chained import embedded_model_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pte.config_policy import CacheConfig, ModelConfig
+    from pte.config_policy import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def load_models(
     Raises:
         ValueError, FileNotFoundError, OSError: Something is missing, unsupported or does not fit.
     """
+    for place in adapters.values():
+        check_budget(place, cache)
     path = str(embedded_model_dir()) if model.path == "embedded" else model.path
     if model.path in adapters:
         raise ValueError(f"an adapter must not have the name of the base, got {model.path!r}; write NAME=PATH")
@@ -130,15 +133,38 @@ def load_models(
     )
 
 
+def check_budget(path: Path, cache: CacheConfig) -> None:
+    """Refuses an adapter whose folder says that it was trained under another budget than that of all models.
+
+    Raises:
+        ValueError: The budgets differ.
+    """
+    saved = saved_budget(path)
+    trained = CacheConfig(**saved) if saved else cache  # type: ignore[arg-type]
+    if parts_of_budget(trained) != parts_of_budget(cache):
+        said, given = (", ".join(map(str, parts_of_budget(one))) for one in (trained, cache))
+        raise ValueError(
+            f"the budget must be the one that the adapter in {path} was trained under ({said}), got {given}; leave out "
+            f"--policy and its options, and serve adapters of other budgets by another server"
+        )
+
+
+def parts_of_budget(cache: CacheConfig) -> tuple[object, ...]:
+    """What tells two budgets apart: fields that the policy does not read do not."""
+    schedule = cache.schedule
+    return cache.policy, schedule.window_tokens, schedule.evict_tokens, cache.policy_option
+
+
 def open_adapter(base: PreTrainedModel, path: Path, *, base_name: str) -> ThoughtAdapter:
-    """A saved adapter, made for the base but not yet on it.
+    """An adapter that a run or PEFT saved, made for the base but not yet on it.
 
     Raises:
         ValueError, FileNotFoundError: There is none, or it belongs to another base.
     """
-    tensors, metadata = load_adapter(path)
+    tensors, metadata = load_any_adapter(path)
     check_adapter_fits(metadata, base_name=base_name, base_fingerprint=base_fingerprint(base))
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in metadata.options.items()}
     adapter = ThoughtAdapter(layer_sizes(base), **cast(Mapping[str, object], options))  # type: ignore[arg-type]
+    check_tensors_fit(tensors, expected=adapter.state_dict(), base_name=metadata.base_name)
     adapter.load_state_dict(dict(tensors))
     return adapter.to(base.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pte.serve.errors import ApiError
-from pte.serve.fields import Fields
+from pte.serve.fields import SHOWN_CHARACTERS, Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,18 +30,33 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.max_prompt_tokens = max_prompt_tokens
+        # No token stands for more than its own text and the space before it.
+        self.max_characters = (1 + max(map(len, tokenizer.get_vocab()))) * max_prompt_tokens
+        # The first call may set truncation and padding; after it, calls only read, so that threads can share it.
+        tokenizer("")
 
-    def prompts(self, prompt: object) -> tuple[tuple[int, ...], ...]:
+    def prompts(self, prompt: object, *, most: int) -> tuple[tuple[int, ...], ...]:
         """The prompts of a completion call: a string, strings, token ids, or lists of token ids.
 
+        Args:
+            prompt: The field's value.
+            most: Prompts that there is room for.
+
         Raises:
-            ApiError: It is something else, or a prompt is empty, too long or nothing that the tokenizer knows.
+            ApiError: It is something else, there are too many, or a prompt is empty, too long or nothing that the
+                tokenizer and the model know.
         """
         several: list[object]
         if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
             several = prompt
         else:
             several = [prompt]
+        if len(several) > most:
+            raise ApiError(
+                f"prompt must hold at most {most} prompts (slots and queue of this server), got {len(several)}; send "
+                f"several requests",
+                param="prompt",
+            )
         return tuple(self.prompt(one) for one in several)
 
     def prompt(self, prompt: object) -> tuple[int, ...]:
@@ -49,12 +64,6 @@ class PromptEncoder:
         if isinstance(prompt, str):
             return self.encode(prompt, param="prompt", add_special_tokens=True)
         if isinstance(prompt, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in prompt):
-            if not all(0 <= one < self.vocabulary for one in prompt):
-                raise ApiError(
-                    f"token ids of prompt must be from 0 to {self.vocabulary - 1}, got others; use the tokenizer of "
-                    f"this model",
-                    param="prompt",
-                )
             return self.checked(tuple(prompt), param="prompt")
         raise ApiError(
             f"prompt must be a string, a list of strings, a list of token ids or a list of such lists, got "
@@ -129,7 +138,14 @@ class PromptEncoder:
         return text
 
     def encode(self, text: str, *, param: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """A text as token ids."""
+        """A text as token ids; one that cannot fit is refused before it costs anything."""
+        if len(text) > self.max_characters:
+            raise ApiError(
+                f"{param} must have at most {self.max_characters} characters ({self.max_prompt_tokens} tokens) on this "
+                f"server, got {len(text)}; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
         try:
             ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         except Exception as error:  # tokenizers raises nothing narrower
@@ -141,7 +157,7 @@ class PromptEncoder:
         return self.checked(tuple(ids), param=param)
 
     def checked(self, ids: tuple[int, ...], *, param: str) -> tuple[int, ...]:
-        """The same token ids, if there is room for them."""
+        """The same token ids, if there is room for them and the model knows all of them."""
         if not ids:
             raise ApiError(f"{param} must have at least 1 token, got none; write something", param=param)
         if len(ids) > self.max_prompt_tokens:
@@ -149,5 +165,12 @@ class PromptEncoder:
                 f"{param} must have at most {self.max_prompt_tokens} tokens on this server, got {len(ids)}; shorten it",
                 param=param,
                 code="context_length_exceeded",
+            )
+        strange = next((one for one in ids if not 0 <= one < self.vocabulary), None)
+        if strange is not None:
+            raise ApiError(
+                f"token ids of {param} must be from 0 to {self.vocabulary - 1}, got {str(strange)[:SHOWN_CHARACTERS]}; use the "
+                f"tokenizer of this model, and no text that it has a token for and the model has not",
+                param=param,
             )
         return ids

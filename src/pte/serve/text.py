@@ -78,11 +78,19 @@ class IncrementalText:
         self.ids.append(token_id)
         text = self.decode(self.ids)
         if text == self.shown:
-            self.ids.pop()
+            # An ordinary token may show only in what follows it, as a space does that begins a text.
+            if self.is_silent(token_id):
+                self.ids.pop()
             return ""
         if text.endswith(INCOMPLETE) and len(self.ids) - self.read < HELD_TOKENS:
             return ""
         return self.advance(text)
+
+    def is_silent(self, token_id: int) -> bool:
+        """True for a token that has no text wherever it stands: a special one, or an id that is no token."""
+        added = self.tokenizer.added_tokens_decoder.get(token_id)
+        special = token_id in self.tokenizer.all_special_ids or (added is not None and added.special)
+        return special or self.tokenizer.convert_ids_to_tokens(token_id) is None
 
     def flush(self) -> str:
         """The text that was held back, now that nothing follows."""

@@ -84,6 +84,12 @@ class Lane:
     running: dict[int, ServedSequence] = field(default_factory=dict)
 
 
+def rank_of(lane: Lane) -> int:
+    """The rank of a lane's adapter; 0 for the base alone."""
+    adapter = lane.engine.policy.adapter
+    return 0 if adapter is None else adapter.rank
+
+
 class Worker:
     """Runs the engines of all models in a thread of its own.
 
@@ -109,7 +115,8 @@ class Worker:
         self.orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.stopping = False
         self.attached: ThoughtAdapter | None = None
-        for lane in self.lanes.values():
+        # The base's weights lie beside room for the largest adapter's B: made for it first, they serve all others.
+        for lane in sorted(self.lanes.values(), key=rank_of, reverse=True):
             lane.engine.open(
                 rows=limits.slots,
                 prompt_slots=limits.max_prompt_tokens,
