@@ -123,12 +123,12 @@ class ServeArguments:
     """An OpenAI-compatible server: /v1/completions, /v1/chat/completions, /v1/models, /health.
 
     Several adapters of one base and the base alone are models, each with its own slots under the same window: give the
-    one that the adapters were trained under; a folder of PEFT brings its own. All memory is taken at the start and never grows: a full house queues, and
-    past the queue answers 503.
+    one that the adapters were trained under; a PEFT folder brings its own. All memory is taken at the start and never
+    grows: a full house queues, and past the queue answers 503.
     """
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]ADAPTER...")] = ()
-    """Saved adapters, runs or PEFT folders of peft_type PTE; requests name them by NAME, or by the last part of the path."""
+    """Saved adapters, runs or PEFT folders (peft_type PTE); requests name them by NAME or the last part of the path."""
     model: str = "embedded"
     """Directory or hub name of the base, and its name in requests; `embedded` is the tiny reasoner shipped with pte."""
     host: str = "127.0.0.1"

@@ -55,7 +55,8 @@ class RolloutEngine:
         allow_beyond_trained_positions: Run past the positions that the base was trained on.
 
     Raises:
-        ValueError: Slots or max_new_tokens below 1, a temperature that nothing can be drawn at, or `shuffled` with fewer than 2 slots.
+        ValueError: Slots or max_new_tokens below 1, a temperature that nothing can be drawn at, or `shuffled` with
+            fewer than 2 slots.
     """
 
     def __init__(

@@ -169,8 +169,9 @@ class PromptEncoder:
         strange = next((one for one in ids if not 0 <= one < self.vocabulary), None)
         if strange is not None:
             raise ApiError(
-                f"token ids of {param} must be from 0 to {self.vocabulary - 1}, got {str(strange)[:SHOWN_CHARACTERS]}; use the "
-                f"tokenizer of this model, and no text that it has a token for and the model has not",
+                f"token ids of {param} must be from 0 to {self.vocabulary - 1}, got "
+                f"{str(strange)[:SHOWN_CHARACTERS]}; use the tokenizer of this model, and no text that it has a token "
+                f"for and the model has not",
                 param=param,
             )
         return ids
