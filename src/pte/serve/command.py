@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Literal
@@ -137,12 +138,12 @@ def serve(settings: ServeSettings, console: Console) -> None:
             console,
             lines=announcement(settings.host, listening.getsockname()[1], names=list(models.policies), key=key),
         )
-        try:
+        # uvicorn raises the interrupt again once it has ended; not where the process was started with it ignored.
+        with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            console.print("stopped")
         if failed:
             raise RuntimeError("an engine failed and the server ended; the reason is in the log above")
+        console.print("stopped")
 
 
 class AnnouncedServer(uvicorn.Server):
