@@ -78,7 +78,6 @@ SHAPES: dict[str, ModelShape] = {
         architecture="llama",
     ),
 }
-MODEL_NAMES = {"tiny": "a tiny model", "3b": "Qwen2.5-3B", "7b": "Qwen2.5-7B", "8b": "Llama-3.1-8B"}
 
 
 def shape_named(name: str) -> ModelShape:

@@ -24,7 +24,7 @@ from pte.model.policy import BoundedPolicy, linear_of
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
@@ -240,8 +240,3 @@ def folded_keys(policy: BoundedPolicy, evicted: EvictedTokens) -> Float[Tensor, 
     heads = keys.unflatten(-1, (-1, policy.cache_shape.head_dim))
     before = unrotate(heads, cos, sin=sin, attention_scaling=rotary.attention_scaling)
     return before.flatten(-2)
-
-
-def named_trainable(policy: BoundedPolicy) -> Mapping[str, nn.Parameter]:
-    """The adapter's parameters by name; empty for the base alone."""
-    return {} if policy.adapter is None else dict(policy.adapter.named_parameters())

@@ -117,11 +117,6 @@ def arm_name(one: Measurement) -> str:
     return style.label(one.arm)
 
 
-def task_name(one: Measurement) -> str:
-    """Its task."""
-    return one.task
-
-
 def stage_name(one: Measurement) -> str:
     """How it had learned."""
     return style.STAGES.get(one.stage, one.stage)
