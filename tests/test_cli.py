@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, Qwen2Config, Qwen3Config
 
+from pte.arguments import ARGUMENTS, EXAMPLES
 from pte.checkpoint import save_adapter
-from pte.cli import ARGUMENTS, EXAMPLES, main, parse
+from pte.cli import main, parse
 from short_runs import open_short, short_flags, text_model, write_problems, write_traces
 
 pytestmark = pytest.mark.system

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pte.arguments import ARGUMENTS, EXAMPLES, OVERVIEW
 from pte.bench.table import bench_table, read_baselines, with_table
-from pte.cli import ARGUMENTS, EXAMPLES, OVERVIEW, parse
+from pte.cli import parse
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS, load_experiment, read_experiment_file
 from pte.method.eviction.registry import POLICIES

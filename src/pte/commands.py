@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -15,42 +15,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from pte.compare import compare
 from pte.dry_run import dry_run
+from pte.eval_command import eval_command, evaluate_sets, evaluation_table
 from pte.learn.stage import StepResult
 from pte.learn.trainer import Run, open_run, train
+from pte.progress import bar
 from pte.report.curves import learning_curve
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.record import Rollout, RolloutRequest
+from pte.rollout.record import RolloutRequest
 from pte.rollout.sampling import stream_seed
 from pte.rollout.token_step import decode_path
-from pte.run_record import replace_synced
-from pte.session import Session, check_evaluation, open_session
-from pte.tasks.evaluate import Evaluation, evaluate_session
-from pte.tasks.overlap import overlap_warnings
+from pte.run_record import check_output, replace_synced
+from pte.session import open_session
+from pte.tasks.evaluate import Evaluation
 from pte.tasks.problems import Problem, load_problems
 from pte.tasks.rollouts_file import ROLLOUTS_FILE, write_rollouts
-from pte.tasks.suites import SUITES, incomplete_sets, set_experiments, suite_experiment, suite_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pte.checkpoint_files import Json
-    from pte.cli import (
+    from pte.arguments import (
         BenchArguments,
         CompareArguments,
-        EvalArguments,
         EvidenceArguments,
         GenerateArguments,
         ReportArguments,
         ServeArguments,
         TrainArguments,
     )
-    from pte.config import ExperimentConfig
     from pte.tasks.evaluate import EvaluatedCompletion
 
 LINES_WITHOUT_TERMINAL = 20
@@ -161,155 +156,6 @@ def step_progress(run: Run, console: Console) -> Iterator[Callable[[str, int, St
                     console.print(f"[yellow]warning[/] step {step}: {warning}")
 
         yield on_step
-
-
-def bar(console: Console) -> Progress:
-    """The one look of a progress bar."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def evaluate_sets(
-    session: Session,
-    sets: Mapping[str, ExperimentConfig],
-    console: Console,
-    *,
-    on_set: Callable[[dict[str, Evaluation], list[EvaluatedCompletion]], None] | None = None,
-) -> dict[str, Evaluation]:
-    """Scores of a session's policy on evaluation sets of its task, each as its experiment says.
-
-    Args:
-        session: Policy and task.
-        sets: Their experiments by name.
-        console: For the progress bar.
-        on_set: Gets the scores so far after each set.
-    """
-    evaluations: dict[str, Evaluation] = {}
-    completions: list[EvaluatedCompletion] = []
-    for name, config in sets.items():
-        with bar(console) as progress:
-            total = len(session.task.evaluation[name]) * config.eval.samples_per_problem
-            task = progress.add_task(f"evaluating {name}", total=total)
-
-            def on_finish(rollout: Rollout, progress: Progress = progress, task: object = task) -> None:
-                progress.advance(task)  # type: ignore[arg-type]
-
-            evaluations[name], done = evaluate_session(session, config, name=name, on_finish=on_finish)
-            completions += done
-        if on_set is not None:
-            on_set(evaluations, completions)
-    return evaluations
-
-
-def eval_command(arguments: EvalArguments, console: Console) -> None:
-    """Scores as a table and, where asked for, as JSON."""
-    config, suite = arguments.experiment, arguments.suite
-    if (suite is None) != (arguments.data_dir is None):
-        raise ValueError(
-            f"--suite and --data-dir must be given together, got {suite!r} and {arguments.data_dir!r}; use for example "
-            f"--suite math6 --data-dir data"
-        )
-    if suite is not None and arguments.data_dir is not None:
-        config = suite_experiment(config, suite, directory=arguments.data_dir)
-    for path in (arguments.output, arguments.completions, arguments.rollouts):
-        check_output(path)
-    if arguments.rollouts is not None and config.eval.state_control != "own":
-        raise ValueError(
-            f"--rollouts needs eval.state_control 'own', got {config.eval.state_control!r}: a control's states "
-            f"cannot be walked again; leave out one of the two"
-        )
-    if arguments.train_path is not None:
-        for path in config.task.eval_paths:
-            for warning in overlap_warnings(arguments.train_path, path):
-                console.print(f"[yellow]warning[/]: {warning}")
-    session = open_session(config)
-    if not session.task.evaluation:
-        raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
-    check_evaluation(session, config)
-    console.print(f"decode: {decode_path(session.policy)}", highlight=False)
-
-    def write(evaluations: dict[str, Evaluation], completions: list[EvaluatedCompletion]) -> None:
-        if arguments.output is not None:
-            content: dict[str, Json] = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
-            if suite is not None:
-                content[suite] = dict(suite_scores(suite, evaluations))
-            replace_synced(Path(arguments.output), json.dumps(content, indent=2).encode())
-        if arguments.completions is not None:
-            lines = [json.dumps(completion_row(one)) + "\n" for one in completions]
-            replace_synced(Path(arguments.completions), "".join(lines).encode())
-        if arguments.rollouts is not None:
-            # The sampled sets of a suite are of another temperature than the others; the viewer's are of one.
-            alike = [one for one in completions if one.rollout.temperature == completions[0].rollout.temperature]
-            write_rollouts(arguments.rollouts, session.policy, session.task, alike)
-
-    sets = dict.fromkeys(session.task.evaluation, config) if suite is None else set_experiments(config, suite)
-    evaluations = evaluate_sets(session, sets, console, on_set=write)
-    console.print(evaluation_table(evaluations.values()))
-    if suite is not None:
-        console.print(suite_table(suite, evaluations))
-        for warning in incomplete_sets(suite, evaluations):
-            console.print(f"[yellow]warning[/]: {warning}")
-
-
-def suite_table(suite: str, evaluations: Mapping[str, Evaluation]) -> Table:
-    """One line, as in the paper's tables: the score of each set in percent, and their average."""
-    table = Table(title=suite)
-    for one in SUITES[suite]:
-        table.add_column(one.title if one.samples is None else f"{one.title} {one.metric}", justify="right")
-    table.add_column("average", justify="right")
-    table.add_row(*(f"{100 * score:.1f}" for score in suite_scores(suite, evaluations).values()))
-    return table
-
-
-def completion_row(one: EvaluatedCompletion) -> dict[str, Json]:
-    """A line of `pte eval --completions`."""
-    return {
-        "id": one.problem.id,
-        "answer": one.problem.answer,
-        "right": one.right,
-        "completion": one.text,
-        "tokens": len(one.rollout.completion_ids),
-    }
-
-
-def check_output(path: str | None) -> None:
-    """Refuses, before any work, a file that could not be written after it.
-
-    Raises:
-        FileNotFoundError: Its directory is missing.
-        IsADirectoryError: It is a directory.
-    """
-    if path is not None and Path(path).is_dir():
-        raise IsADirectoryError(f"an output file must not be a directory, got {path!r}; name a file in it")
-    if path is not None and not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"the directory of an output file must exist, got {path!r}; make it first")
-
-
-def evaluation_table(evaluations: Iterable[Evaluation]) -> Table:
-    """Scores and costs, a line a set."""
-    table = Table(title="held-out problems")
-    for header in ("set", "problems", "accuracy", "95 %", "pass@k", "tokens", "cut off", "evictions", "cache"):
-        table.add_column(header, justify="left" if header == "set" else "right")
-    for one in evaluations:
-        table.add_row(
-            one.name,
-            f"{one.problems} x {one.samples_per_problem}",
-            f"{100 * one.accuracy:.1f} %",
-            f"{100 * one.ci95[0]:.1f} to {100 * one.ci95[1]:.1f}",
-            " ".join(f"@{k} {100 * value:.1f}" for k, value in one.pass_at.items()),
-            f"{one.completion_tokens:.0f}",
-            f"{100 * one.cut_off_fraction:.0f} %",
-            f"{one.evictions:.1f}",
-            f"{one.peak_cache_bytes / 2**20:.1f} MiB",
-        )
-    return table
 
 
 def generate_command(arguments: GenerateArguments, console: Console) -> None:

@@ -244,3 +244,16 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def check_output(path: str | None) -> None:
+    """Refuses, before any work, a file that could not be written after it.
+
+    Raises:
+        FileNotFoundError: Its directory is missing.
+        IsADirectoryError: It is a directory.
+    """
+    if path is not None and Path(path).is_dir():
+        raise IsADirectoryError(f"an output file must not be a directory, got {path!r}; name a file in it")
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"the directory of an output file must exist, got {path!r}; make it first")

@@ -13,7 +13,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from pte.cli import ServeArguments, main, parse
+from pte.arguments import ServeArguments
+from pte.cli import main, parse
 from pte.serve.command import ServeSettings, announcement, listen
 from pte.serve.models import named_adapters
 from served import PROMPT, limits, reasoner

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from peft_models import peft_model
-from pte.cli import ServeArguments, main, parse
+from pte.arguments import ServeArguments
+from pte.cli import main, parse
 from pte.config import CacheConfig, ModelConfig
 from pte.integrations.peft import policy_of
 from pte.model.load import load_base
