@@ -1,7 +1,7 @@
 """Progressive Thought Encoding: train reasoning models by RL under a fixed KV cache.
 
 The public names below are imported when they are first used, so that `import pte` loads neither torch nor Transformers.
-PEFT learns of our adapters when it is imported, before or after pte.
+PEFT learns of our adapters, lm-evaluation-harness of our models, when it is imported, before or after pte.
 """
 
 from __future__ import annotations
@@ -64,3 +64,4 @@ def __dir__() -> list[str]:
 
 
 import_after("peft", "pte.integrations.peft_tuner")
+import_after("lm_eval", "pte.integrations.lm_eval")

@@ -98,15 +98,12 @@ def adapter_flags(flags: Sequence[str]) -> list[str]:
             path = value if equals else (flags[index + 1] if index + 1 < len(flags) else None)
     if path is None:
         return []
-    from pte.lora_folder import saved_options
-    from pte.peft_folder import saved_budget
+    from pte.lora_folder import saved_fields
 
     options: list[str] = []
-    for name, option in saved_options(path).items():
-        options.append(f"--adapter.{name.replace('_', '-')}")
-        options += [str(item) for item in option] if isinstance(option, list) else [str(option)]
-    for name, budget in saved_budget(path).items():
-        options += [f"--cache.{name.replace('_', '-')}", str(budget)]
+    for name, saved in saved_fields(path).items():
+        options.append(f"--{name.replace('_', '-')}")
+        options += [str(item) for item in saved] if isinstance(saved, tuple) else [str(saved)]
     return options
 
 

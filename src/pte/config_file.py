@@ -25,11 +25,11 @@ REFUSED = {
 }
 
 
-def load_experiment(path: str | Path, *, overrides: Mapping[str, FieldValue] | None = None) -> ExperimentConfig:
+def load_experiment(path: str | Path | None, *, overrides: Mapping[str, FieldValue] | None = None) -> ExperimentConfig:
     """The configuration that an experiment file describes.
 
     Args:
-        path: A TOML file.
+        path: A TOML file; None for the defaults.
         overrides: Values that win over the file, by dotted name, for example {"train.steps": 5}.
 
     Raises:
@@ -37,7 +37,8 @@ def load_experiment(path: str | Path, *, overrides: Mapping[str, FieldValue] | N
         ValueError: The file is no TOML, names an unknown section or key, or a value breaks a rule.
         TypeError: A value is of the wrong type.
     """
-    values = read_experiment_file(path)
+    values = {} if path is None else read_experiment_file(path)
+    source = "experiment" if path is None else path
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
         annotation = _annotation(section, key, source="overrides")
@@ -47,11 +48,11 @@ def load_experiment(path: str | Path, *, overrides: Mapping[str, FieldValue] | N
         try:
             sections[section] = SECTIONS[section](**given)
         except ValueError as error:
-            raise ValueError(f"{path}: [{section}] {error}") from error
+            raise ValueError(f"{source}: [{section}] {error}") from error
     try:
         return ExperimentConfig(**sections)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def read_experiment_file(path: str | Path) -> dict[str, dict[str, FieldValue]]:

@@ -18,11 +18,19 @@ import torch
 
 from pte.checkpoint_files import AdapterMetadata, Option, check_adapter_fits
 from pte.method.adapter import LINEAR_MAPS
-from pte.peft_folder import check_tensors_fit, load_any_adapter, read_config, read_weights, required_field
+from pte.peft_folder import (
+    check_tensors_fit,
+    load_any_adapter,
+    read_config,
+    read_weights,
+    required_field,
+    saved_budget,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pte.config_rules import FieldValue
     from pte.method.adapter import ThoughtAdapter
 
 LORA_KEY = re.compile(
@@ -193,6 +201,21 @@ def saved_options(path: str | Path) -> Mapping[str, Option]:
     lora = load_lora(path).options
     options: dict[str, Option] = {"kind": "lora", **asdict(lora)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+
+
+def saved_fields(path: str | Path) -> dict[str, FieldValue]:
+    """What a saved adapter says of an experiment, by dotted name: its options and, in a PEFT folder, its budget.
+
+    Args:
+        path: What `adapter.checkpoint` may name.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no adapter, or none that can be read.
+    """
+    found: dict[str, FieldValue] = {}
+    for name, option in saved_options(path).items():
+        found[f"adapter.{name}"] = tuple(option) if isinstance(option, list) else option
+    return found | {f"cache.{name}": value for name, value in saved_budget(path).items()}
 
 
 def is_lora_folder(path: str | Path) -> bool:

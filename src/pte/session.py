@@ -6,7 +6,7 @@ nothing is downloaded, attached or written before the configuration has been che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -104,8 +104,14 @@ def base_fingerprint(base: PreTrainedModel) -> str:
     return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
 
 
-def open_session(config: ExperimentConfig) -> Session:
+def open_session(
+    config: ExperimentConfig, *, task_of: Callable[[ExperimentConfig, object], Task] | None = None
+) -> Session:
     """Loads the base, attaches the adapter, opens the task.
+
+    Args:
+        config: What to open.
+        task_of: Makes the task from the configuration and the base's tokenizer; None for `open_task`.
 
     Raises:
         ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
@@ -123,7 +129,7 @@ def open_session(config: ExperimentConfig) -> Session:
             f"model.path must name a directory with a Transformers checkpoint, or one on the hub, got "
             f"{config.model.path!r} ({str(error).splitlines()[0]}); check the path"
         ) from error
-    task = open_task(config, tokenizer)
+    task = (task_of or open_task)(config, tokenizer)
     base = load_base(
         path,
         dtype=getattr(torch, config.model.dtype),

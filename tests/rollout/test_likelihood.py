@@ -1,4 +1,4 @@
-"""Given completions under the bounded policy: log-probs against the slow reference and Transformers, and who is greedy."""
+"""Given completions under the budget: log-probs against the slow reference and Transformers, and greedy tokens."""
 
 from __future__ import annotations
 

@@ -114,14 +114,24 @@ def render_prompt(
                 'use template "plain", or write the instruction into the problem'
             )
         return problem_text
-    text = problem_text if instruction is None else f"{problem_text}\n{instruction}"
+    text = question(problem_text, instruction=instruction)
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError('template "chat" must have a chat template in the tokenizer, got none; use "plain"')
     if template == "plain" or not tokenizer.chat_template:
-        return f"Problem: {text}\nSolution:"
+        return plain_prompt(text)
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
+
+
+def question(problem_text: str, *, instruction: str | None) -> str:
+    """What a user asks: the problem and, on a line of its own, the instruction where there is one."""
+    return problem_text if instruction is None else f"{problem_text}\n{instruction}"
+
+
+def plain_prompt(text: str) -> str:
+    """A question as a base model without a chat format continues it."""
+    return f"Problem: {text}\nSolution:"
 
 
 def encode_prompt(

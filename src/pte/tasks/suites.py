@@ -103,14 +103,19 @@ def set_experiments(config: ExperimentConfig, name: str) -> dict[str, Experiment
         config: Of the suite (`suite_experiment`).
         name: Of the suite.
     """
-    drawn = config.eval.temperature or config.rollout.temperature
     experiments = {}
     for one in SUITES[name]:
         settings = config.eval
         if one.samples is not None:
+            drawn = sampling_temperature(config)
             settings = replace(settings, samples_per_problem=one.samples, temperature=drawn, pass_at=(1, one.samples))
         experiments[one.name] = replace(config, eval=settings)
     return experiments
+
+
+def sampling_temperature(config: ExperimentConfig) -> float:
+    """The temperature at which an evaluation draws several completions of a problem, above 0."""
+    return config.eval.temperature or config.rollout.temperature
 
 
 def suite_scores(name: str, evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
