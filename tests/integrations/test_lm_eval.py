@@ -1,4 +1,4 @@
-"""The harness itself on local problem files: its texts and scores are those of `pte eval`, from Python and as a command.
+"""The harness on local problem files: its texts and scores are those of `pte eval`, from Python and as a command.
 
 The base is a tiny one that has learnt to put 7 or 8 into a box, mostly 7, whatever it is asked; of the answers that the
 files hold some are right, some are another way to write 7, most are wrong.
@@ -20,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pte.cli import main
 from pte.integrations.lm_eval import PROBLEMS_DIRECTORY
+from pte.integrations.lm_eval.__main__ import main as harness_command
 from pte.tasks.problems import BOXED_INSTRUCTION, encode_prompt
 from pte.tasks.suites import SUITES
 
@@ -53,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for offset, name in enumerate(["gsm8k_test", *(one.name for one in SUITES["math6"])]):
         rows = [
             {"id": f"{name}-{n}", "problem": text, "answer": ANSWERS[(n + offset) % len(ANSWERS)], "source": name}
-            for n, text in enumerate(problem_texts(name, 4))
+            for n, text in enumerate(problem_texts(name, 3 + offset % 3))
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -194,47 +195,52 @@ def test_task_files_and_suite_name_the_same_files_and_samples() -> None:
     assert set(entries) == {"pte_gsm8k", "pte_math6", *(f"pte_{one.name}" for one in SUITES["math6"])}
 
 
-def run_command(*words: str | Path, folder: Path) -> dict:
-    """Results that a command of the harness has written."""
-    done = subprocess.run(
-        [str(word) for word in (*words, "--output_path", folder / "out.json")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (written,) = folder.glob("out_*.json")
-    return json.loads(written.read_text())
-
-
 def test_the_harness_s_own_command_runs_the_model_by_name_on_gsm8k_and_math500(
     experiment: Path, data: Path, tmp_path: Path
 ) -> None:
-    command = Path(sys.executable).with_name("lm_eval")
     files = ",".join(str(PROBLEMS_DIRECTORY / name) for name in ("gsm8k.yaml", "math6_math500.yaml"))
-    model = ("--model", "pte", "--model_args", f"experiment={experiment}", "--apply_chat_template")
-    results = run_command(command, *model, "--tasks", files, "--metadata", f"data_dir={data}", folder=tmp_path)
-    _, texts = pte_eval(
+    words = [
+        *(Path(sys.executable).with_name("lm_eval"), "--model", "pte", "--model_args", f"experiment={experiment}"),
+        *("--device", "cpu", "--apply_chat_template", "--tasks", files, "--metadata", f"data_dir={data}"),
+        *("--output_path", tmp_path / "out.json"),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **offline}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = written_results(tmp_path)
+    scores, texts = pte_eval(
         *(experiment, "--task.kind", "jsonl", "--task.reward", "math"),
         *("--task.eval-paths", data / "gsm8k_test.jsonl", data / "math500.jsonl"),
         folder=tmp_path,
     )
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert results["results"]["pte_gsm8k"]["score,none"] == pytest.approx(scores["gsm8k_test"]["accuracy"])
-    assert results["results"]["pte_math500"]["score,none"] == pytest.approx(scores["math500"]["accuracy"])
-    assert len(texts) == 8
+    for task, name in (("pte_gsm8k", "gsm8k_test"), ("pte_math500", "math500")):
+        assert results["results"][task]["score,none"] == pytest.approx(scores[name]["accuracy"])
+    assert len(texts) == 3 + 4 and "pte_math500" in done.stdout
 
 
 def test_our_module_is_the_harness_s_command_with_the_name_and_the_tasks_known(
-    experiment: Path, data: Path, tmp_path: Path
+    experiment: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = (sys.executable, "-m", "pte.integrations.lm_eval", "--model", "pte", "--batch_size", "4")
-    words = ("--model_args", f"experiment={experiment},temperature=0.7", "--tasks", "pte_amc23", "--limit", "2")
-    results = run_command(*command, *words, "--metadata", f"data_dir={data}", folder=tmp_path)
-    assert results["n-samples"]["pte_amc23"] == {"original": 4, "effective": 2}
+    words = [
+        *("--model", "pte", "--model_args", f"experiment={experiment},temperature=0.7", "--batch_size", "4"),
+        *("--device", "cpu", "--tasks", "pte_math6", "--limit", "2", "--metadata", f"data_dir={data}"),
+        *("--output_path", tmp_path / "out.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *map(str, words)])
+    harness_command()
+    results = written_results(tmp_path)
+    assert results["n-samples"]["pte_amc23"] == {"original": 3, "effective": 2}
+    assert "score,none" in results["groups"]["pte_math6"]
     assert results["config"]["pte_experiment"]["rollout"]["slots"] == 4
     assert results["config"]["pte_experiment"]["eval"]["temperature"] == 0.7
+
+
+def written_results(folder: Path) -> dict:
+    """What a command of the harness has written."""
+    (written,) = folder.glob("out_*.json")
+    return json.loads(written.read_text())
 
 
 def test_a_task_without_its_directory_says_how_to_give_it(experiment: Path) -> None:

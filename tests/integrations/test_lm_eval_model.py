@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -39,6 +42,14 @@ def plain_logprobs(lm: BoundedLM, ids: list[int]) -> torch.Tensor:
 def test_the_harness_finds_the_model_by_its_name_and_keeps_its_own() -> None:
     assert get_model("pte") is BoundedLM
     assert get_model("dummy").__name__ == "DummyLM"
+
+
+@pytest.mark.parametrize("imports", ["import pte, lm_eval", "import lm_eval, pte"])
+def test_importing_pte_beside_the_harness_is_enough_and_loads_nothing_heavy(imports: str) -> None:
+    code = f"import sys; {imports}; from lm_eval.api.registry import model_registry as known"
+    found = "print('pte' in known, 'hf' in known, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {found}"], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -197,6 +208,12 @@ def test_what_a_request_leaves_open_is_the_experiment_s(options: dict, expected:
 def test_an_option_that_the_policy_cannot_follow_is_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         sampling_of(options, experiment_of({}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_harness_s_default_device_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="use --device cpu"):
+        BoundedLM(device="cuda:0")
 
 
 def test_a_prompt_is_never_cut_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:

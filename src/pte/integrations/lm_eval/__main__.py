@@ -1,4 +1,4 @@
-"""`python -m pte.integrations.lm_eval WORDS`: the command `lm_eval WORDS`, with `--model pte` and our tasks known to it.
+"""`python -m pte.integrations.lm_eval WORDS`: the command `lm_eval WORDS`, with `--model pte` and our tasks known.
 
 Decides: nothing but the directory of task files, where the user names none. Everything else is the harness's own.
 """

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
@@ -73,6 +74,11 @@ class BoundedLM(TemplateLM):
                 )
             arguments["slots"] = slots
         self.config = experiment_of(arguments)
+        if self.config.model.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"device must be there, got {self.config.model.device!r} (the harness's default is a GPU), and torch sees "
+                f"none; use --device cpu"
+            )
         self.session = open_session(self.config, task_of=without_problems)
         self.tokenizer: PreTrainedTokenizerBase = self.session.task.tokenizer  # type: ignore[assignment]
         self._device = self.session.policy.device
