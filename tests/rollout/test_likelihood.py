@@ -12,6 +12,8 @@ from sampled import requests_for, sample
 from tiny import VOCAB, random_sequences, tiny_base, tiny_policy
 
 PROMPTS, COMPLETIONS = random_sequences(4, completion=(1, 22))
+# The walk wants the longest first; here it is last.
+COMPLETIONS.sort(key=len)
 SEEDS = tuple(range(4))
 
 

@@ -76,8 +76,8 @@ class BoundedLM(TemplateLM):
         self.config = experiment_of(arguments)
         if self.config.model.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
-                f"device must be there, got {self.config.model.device!r} (the harness's default is a GPU), and torch sees "
-                f"none; use --device cpu"
+                f"device must be there, got {self.config.model.device!r}, and torch sees none: a GPU is the "
+                f"harness's default; use --device cpu"
             )
         self.session = open_session(self.config, task_of=without_problems)
         self.tokenizer: PreTrainedTokenizerBase = self.session.task.tokenizer  # type: ignore[assignment]
