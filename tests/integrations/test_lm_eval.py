@@ -21,7 +21,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from pte.cli import main
 from pte.integrations.lm_eval import PROBLEMS_DIRECTORY
 from pte.integrations.lm_eval.__main__ import main as harness_command
-from pte.tasks.problems import BOXED_INSTRUCTION, encode_prompt
+from pte.integrations.lm_eval.model import BoundedLM
+from pte.model.load import load_tokenizer
+from pte.tasks.problems import BOXED_INSTRUCTION, encode_prompt, render_prompt
 from pte.tasks.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +149,19 @@ def harness(task: str, *, experiment: Path, data: Path, chat: bool) -> dict:
 
 def texts_of(samples: list[dict]) -> dict[str, list[str]]:
     return {sample["doc"]["id"]: sample["resps"][0] for sample in samples}
+
+
+def test_prompts_have_the_special_tokens_of_pte_eval_s_prompts(model: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    plain = BoundedLM(pretrained=str(model))
+    text = render_prompt("1 + 1?", tokenizer, template="plain", instruction=BOXED_INSTRUCTION)
+    expected = encode_prompt("1 + 1?", tokenizer, template="plain", instruction=BOXED_INSTRUCTION)
+    assert plain.tok_encode(text) == plain.tok_encode(tokenizer.bos_token + text) == expected
+    assert expected.count(tokenizer.bos_token_id) == 1
+    chat = BoundedLM(pretrained=str(model))
+    text = chat.apply_chat_template([{"role": "user", "content": f"1 + 1?\n{BOXED_INSTRUCTION}"}])
+    expected = encode_prompt("1 + 1?", tokenizer, template="chat", instruction=BOXED_INSTRUCTION)
+    assert chat.tok_encode(text) == expected and tokenizer.bos_token_id not in expected
 
 
 @pytest.mark.parametrize("form", FORMS)
