@@ -116,7 +116,9 @@ def generate(
     else:
         completions = [list(rollout.completion_ids) for rollout in engine.run(requests)]
     sequences = padded_sequences(rows, completions, pad_token_id=pad)
-    return GenerateDecoderOnlyOutput(sequences=sequences.long()) if options.returns_dict else sequences
+    if options.returns_dict:
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+    return sequences
 
 
 def prompt_tensor(
@@ -145,7 +147,7 @@ def prompt_tensor(
         )
     if given.ndim != 2 or not len(given):
         raise ValueError(f"input_ids must have shape (batch, tokens), got {tuple(given.shape)}; pass input_ids[None]")
-    return given
+    return given.long()
 
 
 def checked_mask(mask: object, input_ids: Int[Tensor, "batch prompt"]) -> Int[Tensor, "batch prompt"] | None:
