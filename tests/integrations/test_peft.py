@@ -154,10 +154,12 @@ def test_only_the_adapter_trains_and_all_of_it() -> None:
     assert not any(torch.equal(p, before[name]) for name, p in thought_adapter(model).named_parameters())
 
 
-def test_generate_of_the_model_computes_every_token_with_the_first_state() -> None:
+def test_the_base_s_own_loop_computes_every_token_with_the_first_state() -> None:
     model = peft_model()
     prompt, length = token_ids(1, 5), 12
-    out = model.generate(prompt, max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.get_base_model().generate(
+        prompt, max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     expected = prompt
     for _ in range(length):
         expected = torch.cat((expected, logits_of(model, expected)[:, -1:].argmax(-1)), dim=1)
@@ -355,7 +357,7 @@ def test_a_model_without_active_adapter_has_no_policy() -> None:
     model.delete_adapter("default")
     # The model itself, as PEFT's own, wants an active adapter.
     assert torch.equal(logits_of(model.base_model, tokens), logits_of(tiny_base(), tokens))
-    with pytest.raises(ValueError, match="policy_of needs an active adapter"):
+    with pytest.raises(ValueError, match="a policy needs an active adapter"):
         policy_of(model)
 
 

@@ -87,6 +87,15 @@ def test_a_forward_goes_through_the_hook_that_refuses_arguments() -> None:
         )
 
 
+def test_generate_of_a_model_is_still_asked_of_the_tuner() -> None:
+    assert "self.base_model.generate(" in inspect.getsource(peft.PeftModelForCausalLM.generate), (
+        "PEFT's generate no longer calls base_model.generate: Transformers' own loop would run without a budget"
+    )
+    assert type(peft.get_peft_model(tiny_base(), PTEConfig(r=2))) is peft.PeftModelForCausalLM, (
+        "get_peft_model makes another class for CAUSAL_LM, whose generate may not ask the tuner"
+    )
+
+
 def test_direct_injection_knows_methods_with_shared_state() -> None:
     assert hasattr(BaseTuner, "uses_shared_state"), (
         "BaseTuner.uses_shared_state is gone: inject_adapter_in_model would lose our parameters, refuse it otherwise"

@@ -1,27 +1,24 @@
 """Thought adapters as adapters of PEFT: what a script imports.
 
 `import pte` is enough for PEFT's own functions to accept peft_type PTE; a script imports `PTEConfig` to make such an
-adapter and `policy_of` to roll out, replay and train it under its budget. A forward or `generate` of the PEFT model
-itself knows no budget: nothing is evicted and every token computes with the first state S_0, as the bounded policy's
-prompt does. Merging is refused: the update depends on the sequence.
+adapter and `policy_of` to roll out, replay and train it under its budget. `generate` of the PEFT model runs that
+policy. A forward knows no budget: nothing is evicted and every token computes with the first state S_0, as the bounded
+policy's prompt does. Merging is refused: the update depends on the sequence.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
 from pte.integrations.peft_config import PTEConfig
-from pte.integrations.peft_layer import AdaptedMap
-from pte.integrations.peft_tuner import PTEModel, adapter_of
+from pte.integrations.peft_tuner import PTEModel
 from pte.lora_folder import start_from_lora
-from pte.model.policy import BoundedPolicy
 from pte.peft_folder import PEFT_TYPE, convert_from_peft, convert_to_peft
-from pte.session import eviction_policy
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from pte.model.policy import BoundedPolicy
 
 __all__ = ["PTEConfig", "PTEModel", "convert_from_peft", "convert_to_peft", "policy_of", "start_from_lora"]
 
@@ -45,14 +42,4 @@ def policy_of(model: PeftModel) -> BoundedPolicy:
             f"policy_of needs a model with an adapter of peft_type {PEFT_TYPE}, got {type(tuner).__name__}; make it "
             f"with get_peft_model(base, PTEConfig())"
         )
-    if not tuner.active_adapters:
-        raise ValueError("policy_of needs an active adapter, got a model without any; call set_adapter first")
-    (name,) = tuner.active_adapters
-    config = tuner.peft_config[name]
-    assert isinstance(config, PTEConfig)
-    cache = config.cache_options()
-    base = model.get_base_model()
-    assert isinstance(base, PreTrainedModel)
-    policy = BoundedPolicy(base, adapter_of(tuner, name), cache.schedule, eviction_policy(cache))
-    maps = (module for module in tuner.modules() if isinstance(module, AdaptedMap))
-    return policy.without_adapter() if any(adapted.disable_adapters for adapted in maps) else policy
+    return tuner.active_policy()

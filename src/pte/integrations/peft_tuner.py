@@ -1,8 +1,8 @@
 """The tuner behind peft_type PTE: PEFT's own functions make, switch, save and load `ThoughtAdapter`s.
 
 Decides: which adapters lie on a base, which calls of PEFT are refused, and under which names parameters are saved. The
-method itself is `pte.method`, used as it is; the budget is not looked at here. A plain forward (no budget, nothing
-evicted) computes with the first state S_0, as the bounded policy does for its prompt. Importing this module makes the
+method itself is `pte.method`, used as it is. A plain forward (no budget, nothing evicted) computes with the first state
+S_0, as the bounded policy does for its prompt; `generate` runs the bounded policy. Importing this module makes the
 tuner known to PEFT, as importing `peft_config` does the configuration: PEFT's registration takes the names of its own
 enumeration only, so the mappings that it fills are filled directly.
 
@@ -24,16 +24,19 @@ from transformers import PreTrainedModel
 # The module, not its class: importing PEFT imports this one, perhaps while that one is being imported.
 from pte.integrations import peft_config
 from pte.integrations.first_state import FirstStateHooks
+from pte.integrations.generate import generate
 from pte.integrations.peft_layer import AdaptedMap, active_adapter
 from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
 from pte.model.load import check_supported
-from pte.model.policy import home_of
+from pte.model.policy import BoundedPolicy, home_of
 from pte.peft_folder import KEY_PREFIX, PEFT_TYPE, check_tensors_fit
-from pte.session import base_fingerprint, new_adapter
+from pte.session import base_fingerprint, eviction_policy, new_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 PARAMETER_PREFIX = "pte_"
 
@@ -146,6 +149,28 @@ class PTEModel(BaseTuner):
                     f"set_adapter and run the rows of each adapter by themselves"
                 )
         yield
+
+    def active_policy(self) -> BoundedPolicy:
+        """The active adapter under the budget of its configuration; the base alone under it where it is disabled.
+
+        Raises:
+            ValueError: No adapter is active.
+        """
+        if not self.active_adapters:
+            raise ValueError("a policy needs an active adapter, got a model without any; call set_adapter first")
+        (name,) = self.active_adapters
+        config = self.peft_config[name]
+        assert isinstance(config, peft_config.PTEConfig) and isinstance(self.model, PreTrainedModel)
+        cache = config.cache_options()
+        policy = BoundedPolicy(self.model, adapter_of(self, name), cache.schedule, eviction_policy(cache))
+        disabled = any(module.disable_adapters for module in self.modules() if isinstance(module, AdaptedMap))
+        return policy.without_adapter() if disabled else policy
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments: object
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What PEFT calls for `generate` of its model: the active policy's own (`pte.integrations.generate`)."""
+        return generate(self.active_policy(), inputs, generation_config=generation_config, arguments=arguments)
 
     def _check_merge_allowed(self) -> None:
         """Refuses to merge.
