@@ -1,7 +1,7 @@
 """The laws on this machine: one policy in rollout and replay, and the plain model under the full cache.
 
-Decides: what of the embedded reasoner is run and within which gaps it must agree: those at which a training run would stop. Some seconds.
-Does not know: packages, devices' names.
+Decides: what of the embedded reasoner is run, and within which gaps it must agree: those at which a training run would
+stop. Takes seconds. Does not know: packages, devices' names.
 
 Paper: pi^D_theta is one policy, whoever walks it; with an unbounded budget it is the base's.
 """
