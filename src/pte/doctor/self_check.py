@@ -126,7 +126,7 @@ def against_generate(policy: BoundedPolicy, prompts: list[tuple[int, ...]], *, e
     same, largest = True, 0.0
     for rollout in engine.run([RolloutRequest(prompt, stream_seed=0) for prompt in prompts]):
         ids = torch.tensor([rollout.prompt_ids], device=policy.device)
-        made = policy.base.generate(
+        made = policy.base.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
