@@ -68,8 +68,7 @@ EXAMPLES = {
     "  pte bench --preset gpu --part rollout long --output benchmarks/baselines/h200-7b-w1024.json\n"
     "  pte bench --preset gpu --model tiny --device cpu",
     "doctor": "pte doctor\n  pte doctor --json doctor.json",
-    "completion": "pte completion bash > ~/.local/share/bash-completion/completions/pte\n"
-    "  pte completion zsh > ~/.zfunc/_pte\n  pte completion fish > ~/.config/fish/completions/pte.fish",
+    "completion": "pte completion bash\n  pte completion zsh\n  pte completion fish",
 }
 
 
@@ -231,8 +230,9 @@ class DoctorArguments:
 class CompletionArguments:
     """A script that completes commands, flags, their values and experiment files, for a shell to read once.
 
-    It calls no Python when a key is pressed; write it again after an update of pte. zsh looks for it in a directory of
-    `fpath` that compinit reads: `fpath=(~/.zfunc $fpath)` before `compinit` in ~/.zshrc.
+    It calls no Python when a key is pressed; write it again after an update of pte. For bash write it to
+    ~/.local/share/bash-completion/completions/pte, or put `source <(pte completion bash)` into ~/.bashrc; for zsh to a
+    file `_pte` in a directory of fpath, before compinit; for fish to ~/.config/fish/completions/pte.fish.
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
