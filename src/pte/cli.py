@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(command, parse(command, words[1:]))
     except KeyboardInterrupt:
-        how = {"evidence": "; the same command goes on", "serve": ""}.get(command, "; a run goes on with --run.resume")
+        resumed = "; a run goes on with --run.resume" if takes_experiment(command) else ""
+        how = "; the same command goes on" if command == "evidence" else resumed
         print(f"\npte: interrupted{how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
