@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def asked_of_bash(line: str, folder: Path) -> list[str]:
-    """What bash offers at the end of a line, split into words as readline splits it: `=` is a word of its own, also the last."""
+    """What bash offers at the end of a line, split as readline splits it: `=` is a word of its own, also the last."""
     words = [part for word in line.split(" ") for part in re.split(r"(=)", word) if part or not word]
     program = (
         f"set -u\nsource <(cat)\nCOMP_WORDS=({' '.join(map(shlex.quote, words))})\nCOMP_CWORD={len(words) - 1}\n"
