@@ -29,6 +29,8 @@ commands:
   evidence  what the method is worth: tasks, arms, controls and open questions, measured and reported
   report    one HTML page, figures and tables from the files of any runs
   bench     speed and memory against Transformers, in one run
+  doctor    what is installed, which fast paths are on, and whether the laws hold on this machine
+  completion  what bash, zsh or fish needs to complete commands, flags and their values
 
 examples:
   pte compare configs/embedded.toml
@@ -41,6 +43,8 @@ examples:
   pte evidence --preset quick
   pte report runs/embedded --output report.html
   pte bench --preset cpu
+  pte doctor
+  source <(pte completion bash)
 
 `pte COMMAND --help` lists the flags of a command."""
 
@@ -63,6 +67,8 @@ EXAMPLES = {
     "bench": "pte bench --preset cpu --output cpu.json\n"
     "  pte bench --preset gpu --part rollout long --output benchmarks/baselines/h200-7b-w1024.json\n"
     "  pte bench --preset gpu --model tiny --device cpu",
+    "doctor": "pte doctor\n  pte doctor --json doctor.json",
+    "completion": "pte completion bash\n  pte completion zsh\n  pte completion fish",
 }
 
 
@@ -208,6 +214,31 @@ class EvidenceArguments:
     """Start no further part after this many minutes; the next call goes on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DoctorArguments:
+    """What is installed, what the machine offers, which fast paths are on, and whether the laws hold here.
+
+    The embedded reasoner samples under a small window and is replayed, and must agree with Transformers' generate under
+    the full cache, on every device. Exit status 0: pte works here; 1: something is wrong, with its remedy.
+    """
+
+    json: str | None = None
+    """Write the findings to this JSON file, for a report of a fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionArguments:
+    """A script that completes commands, flags, their values and experiment files, for a shell to read once.
+
+    It calls no Python when a key is pressed; write it again after an update of pte. For bash write it to
+    ~/.local/share/bash-completion/completions/pte, or put `source <(pte completion bash)` into ~/.bashrc; for zsh to a
+    file `_pte` in a directory of fpath, before compinit; for fish to ~/.config/fish/completions/pte.fish.
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
+    """Shell that reads it."""
+
+
 ARGUMENTS = {
     "train": TrainArguments,
     "distill": TrainArguments,
@@ -218,4 +249,11 @@ ARGUMENTS = {
     "evidence": EvidenceArguments,
     "report": ReportArguments,
     "bench": BenchArguments,
+    "doctor": DoctorArguments,
+    "completion": CompletionArguments,
 }
+
+
+def takes_experiment(command: str) -> bool:
+    """Whether a command's first word may be an experiment file."""
+    return any(field.name == "experiment" for field in dataclasses.fields(ARGUMENTS[command]))

@@ -16,15 +16,15 @@ from pte.arguments import (
     ARGUMENTS,
     EXAMPLES,
     OVERVIEW,
-    BenchArguments,
-    EvidenceArguments,
-    ReportArguments,
+    CompletionArguments,
+    DoctorArguments,
     ServeArguments,
+    takes_experiment,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0 done, 2 bad input, 3 stopped by a safety check."""
+    """Runs a command; returns its exit status: 0 done, 1 the doctor found something wrong, 2 bad input, 3 stopped."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(OVERVIEW)
@@ -38,17 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pte: unknown command {command!r}; {remedy}", file=sys.stderr)
         return 2
     try:
-        parsed = parse(command, words[1:])
-        from pte import commands
-
-        commands.run(command, parsed)
+        return run(command, parse(command, words[1:]))
     except KeyboardInterrupt:
-        how = {"evidence": "; the same command goes on", "serve": ""}.get(command, "; a run goes on with --run.resume")
+        resumed = "; a run goes on with --run.resume" if takes_experiment(command) else ""
+        how = "; the same command goes on" if command == "evidence" else resumed
         print(f"\npte: interrupted{how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 3 if type(error).__name__ == "TrainingStopped" else 2
+
+
+def run(command: str, parsed: object) -> int:
+    """Does what a command does; returns its exit status.
+
+    A shell reads completions as it starts, and the doctor looks where packages are broken: both without what the other
+    commands import.
+    """
+    if isinstance(parsed, CompletionArguments):
+        from pte.completion import completion_script
+
+        print(completion_script(parsed.shell), end="")
+        return 0
+    if isinstance(parsed, DoctorArguments):
+        from pte.doctor.command import doctor
+
+        return doctor(json_file=parsed.json)
+    from pte import commands
+
+    commands.run(command, parsed)
     return 0
 
 
@@ -64,7 +82,7 @@ def parse(command: str, words: Sequence[str]) -> object:
     """
     kind = ARGUMENTS[command]
     words = list(words)
-    if kind not in (BenchArguments, EvidenceArguments, ReportArguments, ServeArguments):
+    if takes_experiment(command):
         from pte.config_file import flags_from_file, refuse_flags
 
         refuse_flags(words)
