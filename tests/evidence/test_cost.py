@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from pte.bench.memory import probe_available
+from pte.plan.process_memory import probe_available
 from pte.compare import arm_config
 from pte.config import ExperimentConfig
 from pte.evidence.cost import (

@@ -17,7 +17,7 @@ from torch.nn import functional
 from pte.bench.arms import attached
 from pte.bench.device import peak_memory, repeated_seconds
 from pte.bench.gpu_bench import Bench, reading
-from pte.bench.roofline import attention_bound_seconds, weights_bound_seconds
+from pte.plan.roofline import attention_bound_seconds, weights_bound_seconds
 from pte.bench.rows import Case, Values
 from pte.kernels.available import kernels_available
 from pte.method.adapter import INPUT_GROUPS, steer

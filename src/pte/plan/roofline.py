@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from pte.bench.shapes import ModelShape
+    from pte.plan.shapes import ModelShape
     from pte.method.schedule import EvictionSchedule
 
 
