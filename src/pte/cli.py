@@ -100,13 +100,13 @@ def plan_flags(words: Sequence[str], *, has_file: bool) -> list[str]:
     pairs = [word.partition("=") for word in words]
     flags = [PLAN_FLAGS.get(name, name) + equals + value for name, equals, value in pairs]
     names = {name.partition("=")[0] for name in flags}
-    window = next((index for index, name in enumerate(flags) if name.partition("=")[0] == "--cache.window-tokens"), None)
     given: list[str] = []
-    if window is not None and "--cache.evict-tokens" not in names:
-        _, equals, value = flags[window].partition("=")
-        tokens = value if equals else "".join(flags[window + 1 : window + 2])
-        if tokens.isdigit():
-            given += ["--cache.evict-tokens", str(max(1, int(tokens) // 4))]
+    if "--cache.evict-tokens" not in names:
+        for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+            name, equals, value = flag.partition("=")
+            tokens = value if equals else following
+            if name == "--cache.window-tokens" and tokens.isdigit():
+                given = ["--cache.evict-tokens", str(max(1, int(tokens) // 4))]
     if not has_file and names & {"--gpu", "--gpu-memory"}:
         given += ["--model.dtype", "bfloat16"]
     return [*given, *flags]

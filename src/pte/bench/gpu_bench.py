@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.bench.device import clear, elapsed_seconds, free_bytes
-from pte.plan.roofline import DecodeWork, DeviceRates, step_bound_seconds
 from pte.bench.rows import NotMeasured, Values
 from pte.bench.timing import summary
+from pte.plan.roofline import DecodeWork, DeviceRates, step_bound_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -119,7 +119,6 @@ def planned_work(config: ExperimentConfig, *, prompt_tokens: int) -> Workload:
         micro_batch=train.micro_batch_size,
         gradient_mode=train.gradient_mode,
         horizon=train.horizon,
-        temperature=config.rollout.temperature,
         reference=train.reference if train.kl_beta > 0 else None,
     )
 
@@ -138,14 +137,16 @@ def plan_arms(config: ExperimentConfig, sizes: ModelSizes, machine: Machine, *, 
             positions, or its gradient mode cannot be planned.
     """
     if config.cache.schedule.is_full:
-        raise ValueError("cache.policy must have a window to plan LoRA_c and PTE, got 'none'; use --cache.policy window")
+        raise ValueError(
+            "cache.policy must have a window to plan LoRA_c and PTE, got 'none'; use --cache.policy window"
+        )
     if prompt_tokens < 1:
         raise ValueError(f"prompt must be at least 1 token, got {prompt_tokens}; use for example 1024")
     tokens = prompt_tokens + config.rollout.max_new_tokens
     if tokens > sizes.max_positions and not config.model.allow_beyond_trained_positions:
         raise ValueError(
-            f"prompt plus completion must stay within the model's {sizes.max_positions} trained positions, got {tokens} "
-            f"tokens; lower --prompt or --completion, or set --model.allow-beyond-trained-positions"
+            f"prompt plus completion must stay within the model's {sizes.max_positions} trained positions, got "
+            f"{tokens} tokens; lower --prompt or --completion, or set --model.allow-beyond-trained-positions"
         )
     work = planned_work(config, prompt_tokens=prompt_tokens)
     lora = replace(config, adapter=replace(config.adapter, kind="lora"))

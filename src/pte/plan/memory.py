@@ -145,7 +145,6 @@ class Workload:
         micro_batch: Sequences that are replayed at once.
         gradient_mode: Of the replay.
         horizon: Evictions that gradients go through; read in mode `horizon` alone.
-        temperature: Of sampling and scoring.
         reference: Cache of the frozen base in the KL term; None where there is no such term.
     """
 
@@ -157,7 +156,6 @@ class Workload:
     micro_batch: int
     gradient_mode: Literal["chain", "horizon", "exact"]
     horizon: int
-    temperature: float
     reference: Literal["full", "bounded"] | None
 
 

@@ -61,8 +61,8 @@ def memory_table(plans: Sequence[ArmPlan], machine: Machine, work: Workload) -> 
     hosts = [phase.host_bytes for plan in plans for phase in (plan.rollout, plan.update)]
     table.add_row("host memory" if machine.cuda else "of it: finished rollouts", *map(size_text, hosts))
     table.add_section()
-    for label, cells in summary_rows(plans, work):
-        table.add_row(label, *(text for cell in cells for text in (cell, "")))
+    for label, words in summary_rows(plans, work):
+        table.add_row(label, *(text for one in words for text in (one, "")))
     return table
 
 
@@ -122,8 +122,8 @@ def sentences(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
     for plan in plans:
         if not plan.weights_fit:
             said.append(
-                f"{plan.name} cannot run: weights, adapter and optimizer alone take {size_text(plan.resident_bytes)} of "
-                f"{size_text(machine.device_bytes)}; use a smaller base, --dtype bfloat16 or a larger device"
+                f"{plan.name} cannot run: weights, adapter and optimizer alone take "
+                f"{size_text(plan.resident_bytes)} of {size_text(machine.device_bytes)}; use a smaller base, --dtype bfloat16 or a larger device"
             )
         elif not plan.fits:
             said.append(
@@ -138,8 +138,8 @@ def sentences(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
         )
     if any(plan.time for plan in plans):
         said.append(
-            f"times are bounds: every completion of full length, each weight, key and value read once, nothing computed "
-            f"twice; rates: {machine.rates_of}; expect 0.5 to 0.8 of the tokens/s"
+            f"times are bounds: every completion of full length, each weight, key and value read once, nothing "
+            f"computed twice; rates: {machine.rates_of}; expect 0.5 to 0.8 of the tokens/s"
         )
     return said
 

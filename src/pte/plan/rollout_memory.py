@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RECORD_BYTES = 8 + 4 + 4
 """Of a token in `DecodeBuffers`: its id, its log-prob, its random number."""
 ROLLOUT_BYTES = 48
-"""Of a token in a finished `Rollout`, in host memory: a Python integer, a place in the tuple, a log-prob, rounded up."""
+"""Of a token in a finished `Rollout`, in host memory: a Python integer, its place in the tuple, a log-prob."""
 
 
 def rollout_memory(policy: PlannedPolicy, work: Workload) -> PhaseMemory:

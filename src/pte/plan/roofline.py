@@ -14,13 +14,33 @@ attention 4 heads head_dim layers an attended token forward and twice that backw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from pte.plan.shapes import ModelShape
     from pte.method.schedule import EvictionSchedule
+
+
+class DecoderSizes(Protocol):
+    """Sizes that the arithmetic reads: of a shape written down, or of a configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def kv_dim(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,7 @@ class DecodeWork:
     attention_flops: int
 
     @classmethod
-    def of(cls, shape: ModelShape, dtype: torch.dtype) -> DecodeWork:
+    def of(cls, shape: DecoderSizes, dtype: torch.dtype) -> DecodeWork:
         """The work of a shape."""
         attention = 2 * shape.hidden_size * (shape.heads + shape.kv_heads) * shape.head_dim
         layers = shape.layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)

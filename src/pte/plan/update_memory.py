@@ -77,7 +77,7 @@ def bounded_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[dict[
             window_slots=first,
             dtype=policy.dtype,
         )
-    graph = stretch_graph(policy, rows, tokens=work.prompt_tokens + first, scored=first + 1, work=work)
+    graph = stretch_graph(policy, rows, tokens=work.prompt_tokens + first, scored=first + 1)
     # States as they are folded and as they are read.
     moments = [{**graph, "slots": slots, "states": 2 * rows * policy.state_bytes}]
     # The second brings a second set of gradients, the last of a group the most that stays on the device.
@@ -107,7 +107,6 @@ def later_moment(policy: PlannedPolicy, work: Workload, rows: int, *, index: int
         rows,
         tokens=tokens,
         scored=min(tokens, entering),
-        work=work,
         attended=work.prompt_tokens + window + tokens,
     )
     before = stretches_kept(policy, work, index)
@@ -132,13 +131,17 @@ def full_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[dict[Row
     stream = tokens * sizes.hidden_size
     inputs, keys = sizes.layers * stream * itemsize, tokens * policy.token_bytes
     final = stream * (FLOAT32_BYTES + 2 * itemsize)
-    head = head_bytes(policy, work, rows * work.completion_tokens)
+    head = head_bytes(policy, rows * work.completion_tokens)
     graph = tokens * (layer_token_bytes(policy, cached=False) + 2 * sizes.intermediate_size * itemsize)
     layer = graph + stream * itemsize
     states = 4 * rows * policy.state_bytes
     return [
         # Keys and values of all layers are stacked once, before the head and before any layer is computed again.
-        {"activations": inputs + keys + max(keys, final), "LM head": max(0, head - max(0, keys - final)), "states": states},
+        {
+            "activations": inputs + keys + max(keys, final),
+            "LM head": max(0, head - max(0, keys - final)),
+            "states": states,
+        },
         {"activations": inputs + keys + layer, "states": states},
         {"activations": keys + layer, "states": states, "gradients": policy.adapter_bytes},
     ]
@@ -150,7 +153,6 @@ def stretch_graph(
     *,
     tokens: int,
     scored: int,
-    work: Workload,
     attended: int = 0,
 ) -> dict[Row, int]:
     """The graph of a stretch when its backward begins.
@@ -160,7 +162,6 @@ def stretch_graph(
         rows: Sequences.
         tokens: Of the stretch, per sequence.
         scored: Tokens of the stretch that are scored, per sequence.
-        work: For the head's temperature.
         attended: Keys that are attended to, the stretch's own included; 0 where nothing is cached.
     """
     sizes, itemsize = policy.sizes, policy.dtype.itemsize
@@ -175,7 +176,7 @@ def stretch_graph(
         saved += masks + rows * attended * policy.token_bytes
     keys = rows * tokens * policy.token_bytes
     mlp = rows * tokens * 2 * sizes.intermediate_size * itemsize
-    head = head_bytes(policy, work, rows * scored)
+    head = head_bytes(policy, rows * scored)
     return {
         "activations": saved + final + keys + max(keys, mlp),
         "LM head": max(0, head - max(keys, mlp)),
@@ -203,7 +204,7 @@ def layer_token_bytes(policy: PlannedPolicy, *, cached: bool) -> int:
     return numbers * itemsize + low + (norms + sizes.heads) * FLOAT32_BYTES
 
 
-def head_bytes(policy: PlannedPolicy, work: Workload, scored: int) -> int:
+def head_bytes(policy: PlannedPolicy, scored: int) -> int:
     """The widest moment of one chunk of logits (`score`): log-probs, their gradient, and the logits'."""
     chunk = min(scored, max(1, LOGITS_PER_CHUNK // policy.sizes.vocab))
     narrow = policy.dtype.itemsize if policy.dtype.itemsize < FLOAT32_BYTES else 0
@@ -219,7 +220,7 @@ def reference_walk(policy: PlannedPolicy, work: Workload, rows: int) -> dict[Row
     tokens = rows * (work.prompt_tokens + kept)
     layer = tokens * (3 * sizes.intermediate_size + 4 * sizes.hidden_size) * itemsize
     keys = tokens * policy.token_bytes
-    return {"activations": keys + max(keys, layer), "LM head": head_bytes(policy, work, rows * kept)}
+    return {"activations": keys + max(keys, layer), "LM head": head_bytes(policy, rows * kept)}
 
 
 def later_stretches(policy: PlannedPolicy, work: Workload) -> int:
