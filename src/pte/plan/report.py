@@ -123,7 +123,8 @@ def sentences(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
         if not plan.weights_fit:
             said.append(
                 f"{plan.name} cannot run: weights, adapter and optimizer alone take "
-                f"{size_text(plan.resident_bytes)} of {size_text(machine.device_bytes)}; use a smaller base, --dtype bfloat16 or a larger device"
+                f"{size_text(plan.resident_bytes)} of {size_text(machine.device_bytes)}; use a smaller base, "
+                f"--dtype bfloat16 or a larger device"
             )
         elif not plan.fits:
             said.append(
