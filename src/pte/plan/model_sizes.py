@@ -8,6 +8,7 @@ numbers, so that its parameters are counted by the library's own code and not by
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,11 +125,12 @@ def model_sizes(path: str, *, trust_remote_code: bool = False) -> ModelSizes:
     if path.lower() in BUILT_IN:
         return ModelSizes.of(model_config(SHAPES[BUILT_IN[path.lower()]]))
     where = str(embedded_model_dir()) if path == "embedded" else path
+    remedy = f"check the path, or offline use one of {', '.join(BUILT_IN)}"
+    rule = "model.path must name a directory with a config.json, or a model on the hub"
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise FileNotFoundError(f"{rule}, got {path!r}, which has none; {remedy}")
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise FileNotFoundError(
-            f"model.path must name a directory with a config.json, or a model on the hub, got {path!r} "
-            f"({str(error).splitlines()[0]}); check the path, or offline use one of {', '.join(BUILT_IN)}"
-        ) from error
+        raise FileNotFoundError(f"{rule}, got {path!r} ({str(error).splitlines()[0]}); {remedy}") from error
     return ModelSizes.of(config)
