@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 
+from pte.arguments import PlanArguments
 from pte.plan.machine import DEVICES, memory_bytes, planned_machine
 from pte.plan.roofline import DeviceRates
 
@@ -30,6 +33,11 @@ def test_a_size_without_a_number_and_a_unit_is_refused(text: str) -> None:
         ValueError, match=r"gpu_memory must be a number with one of the units .*got .*use for example 80GB"
     ):
         memory_bytes("gpu_memory", text)
+
+
+def test_the_command_offers_every_device() -> None:
+    (named, nothing) = get_args(get_type_hints(PlanArguments)["gpu"])
+    assert get_args(named) == tuple(DEVICES) and nothing is type(None)
 
 
 def test_a_gpu_by_name_brings_its_memory_and_its_rates() -> None:
