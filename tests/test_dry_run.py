@@ -11,6 +11,7 @@ import torch
 from pte import dry_run as dry_run_module
 from pte.cli import main
 from pte.dry_run import dry_run
+from pte.plan.process_memory import probe_available
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
 from short_runs import equal, open_short, parameters, short_config, short_flags, text_model, write_problems
@@ -130,3 +131,14 @@ def test_the_worst_case_of_a_warm_start_chooses_what_leaves(policy: str, monkeyp
     report = dry_run(short_config(cache__policy=policy))
     # Traces have no record, GRPO's rollouts have one.
     assert records == [False, True] and "grpo: one update" in report
+
+
+def test_every_phase_is_held_against_its_plan() -> None:
+    report = dry_run(short_config(distill__gradient_mode="exact"))
+    rollout, distill, grpo = re.findall(r"beyond what was there before: (.*)", report)
+    if probe_available():
+        ratios = [float(found[1]) for text in (rollout, grpo) if (found := re.search(r"\((\d+\.\d\d)\)", text))]
+        # So small a run is mostly what libraries load; how near plans are is measured in tests/plan.
+        assert len(ratios) == 2 and all(0 < ratio < 1.5 for ratio in ratios)
+    assert re.match(r"planned \d+\.\d MiB, ", rollout) and re.match(r"planned \d+\.\d MiB, ", grpo)
+    assert distill.startswith("not planned in this gradient mode, ")

@@ -26,6 +26,7 @@ commands:
   generate  completions of prompts under a bounded cache
   serve     an OpenAI-compatible server: several adapters of one base, memory fixed at the start
   compare   the main job: base, LoRA and PTE arms from one experiment file, a table and a figure
+  plan      what fits into a GPU's memory, the largest batch, the longest completion, tokens/s at the roofline
   evidence  what the method is worth: tasks, arms, controls and open questions, measured and reported
   report    one HTML page, figures and tables from the files of any runs
   bench     speed and memory against Transformers, in one run
@@ -40,6 +41,7 @@ examples:
   pte eval --cache.policy none --eval.problems 128
   pte generate configs/embedded.toml --prompt "A3 B5 #1 A B C ? C"
   pte serve sums=runs/embedded/pte --window-tokens 16 --evict-tokens 4 --max-new-tokens 512
+  pte plan --model qwen2.5-7b --gpu-memory 80GB --window 1024 --completion 8192
   pte evidence --preset quick
   pte report runs/embedded --output report.html
   pte bench --preset cpu
@@ -60,6 +62,9 @@ EXAMPLES = {
     "  pte serve math=runs/math/pte code=runs/code/pte --model Qwen/Qwen2.5-3B-Instruct "
     "--device cuda --dtype bfloat16 --slots 64",
     "compare": "pte compare configs/embedded.toml\n  pte compare configs/embedded.toml --run.resume",
+    "plan": "pte plan --model qwen2.5-7b --gpu-memory 80GB --window 1024 --completion 8192 --group 8\n"
+    "  pte plan configs/paper-qwen2.5-7b.toml --model qwen2.5-7b --gpu a100-40gb --host-memory 200GB\n"
+    "  pte plan configs/embedded.toml --host-memory 8GB --prompt 32 --output plan.json",
     "evidence": "pte evidence --preset quick\n  pte evidence --preset full --minutes 25\n"
     "  pte evidence --preset full --only ablation --workers 1",
     "report": "pte report runs/embedded\n  pte report runs/seed0 runs/seed1 runs/seed2 --output seeds.html\n"
@@ -162,6 +167,52 @@ class ServeArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """What an experiment needs, from the configuration of its model alone: full-cache LoRA, LoRA_c and PTE.
+
+    No weights are read. Peak memory of rollout and update by kind, the largest batch and the longest completion that
+    fit, and times at the roofline. Without a file, on a GPU, the base is bfloat16 unless --dtype says otherwise, and
+    --window without --evict evicts a quarter. Offline, --model takes qwen2.5-3b, qwen2.5-7b, llama-3.1-8b and
+    r1-distill-llama-8b. Short for the experiment's flags:
+    --model --dtype --rank --window --evict --completion --slots --group --prompts-per-step --micro-batch
+    --gradient-mode --horizon.
+    """
+
+    experiment: Flattened
+    gpu_memory: str | None = None
+    """Memory of the GPU, for example 80GB (10^9 bytes) or 80GiB (2^30); unset for what `gpu` is sold with."""
+    host_memory: str | None = None
+    """Memory beside the GPU, where evicted keys and values wait; without a GPU, of a machine that trains on its CPU."""
+    gpu: Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "rtx4090"] | None = None
+    """Whose rates are taken; unset for the one whose memory is nearest."""
+    bandwidth: float | None = None
+    """Bytes that the GPU's memory moves in a second; unset for its data sheet's."""
+    flops: float | None = None
+    """Operations of the GPU's matrix products in a second; unset for its data sheet's."""
+    prompt: int = 1024
+    """Tokens of the longest prompt."""
+    output: str | None = None
+    """Write the plan to this JSON file."""
+
+
+PLAN_FLAGS = {
+    "--model": "--model.path",
+    "--dtype": "--model.dtype",
+    "--rank": "--adapter.rank",
+    "--window": "--cache.window-tokens",
+    "--evict": "--cache.evict-tokens",
+    "--completion": "--rollout.max-new-tokens",
+    "--slots": "--rollout.slots",
+    "--group": "--train.group-size",
+    "--prompts-per-step": "--train.prompts-per-step",
+    "--micro-batch": "--train.micro-batch-size",
+    "--gradient-mode": "--train.gradient-mode",
+    "--horizon": "--train.horizon",
+}
+"""What is short for what in `pte plan`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportArguments:
     """One self-contained HTML page, figures and tables, from the JSON of any runs and from that alone.
 
@@ -246,6 +297,7 @@ ARGUMENTS = {
     "generate": GenerateArguments,
     "serve": ServeArguments,
     "compare": CompareArguments,
+    "plan": PlanArguments,
     "evidence": EvidenceArguments,
     "report": ReportArguments,
     "bench": BenchArguments,

@@ -16,8 +16,10 @@ from pte.arguments import (
     ARGUMENTS,
     EXAMPLES,
     OVERVIEW,
+    PLAN_FLAGS,
     CompletionArguments,
     DoctorArguments,
+    PlanArguments,
     ServeArguments,
     takes_experiment,
 )
@@ -93,6 +95,8 @@ def parse(command: str, words: Sequence[str]) -> object:
                 f"and then the flags"
             )
         file_flags = flags_from_file(words.pop(0)) if words and not words[0].startswith("-") else []
+        if kind is PlanArguments:
+            words = plan_flags(words, has_file=bool(file_flags))
         words = [*file_flags, *adapter_flags([*file_flags, *words]), *words]
     if kind is ServeArguments:
         words = [*budget_flags(words), *words]
@@ -102,6 +106,28 @@ def parse(command: str, words: Sequence[str]) -> object:
         description=f"{inspect.cleandoc(kind.__doc__ or '')}\n\nexamples:\n  {EXAMPLES[command]}",
         args=words,
     )
+
+
+def plan_flags(words: Sequence[str], *, has_file: bool) -> list[str]:
+    """Flags of the experiment for the short ones of `pte plan`, and what these leave open.
+
+    Args:
+        words: What the user wrote after the command and the file.
+        has_file: There is an experiment file, which says what nobody else says.
+    """
+    pairs = [word.partition("=") for word in words]
+    flags = [PLAN_FLAGS.get(name, name) + equals + value for name, equals, value in pairs]
+    names = {name.partition("=")[0] for name in flags}
+    given: list[str] = []
+    if "--cache.evict-tokens" not in names:
+        for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+            name, equals, value = flag.partition("=")
+            tokens = value if equals else following
+            if name == "--cache.window-tokens" and tokens.isdigit():
+                given = ["--cache.evict-tokens", str(max(1, int(tokens) // 4))]
+    if not has_file and names & {"--gpu", "--gpu-memory"}:
+        given += ["--model.dtype", "bfloat16"]
+    return [*given, *flags]
 
 
 def adapter_flags(flags: Sequence[str]) -> list[str]:

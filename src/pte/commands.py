@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         CompareArguments,
         EvidenceArguments,
         GenerateArguments,
+        PlanArguments,
         ReportArguments,
         ServeArguments,
         TrainArguments,
@@ -65,6 +66,7 @@ def run(command: str, arguments: object) -> None:
         "generate": generate_command,
         "serve": serve_command,
         "compare": compare_command,
+        "plan": plan_command,
         "evidence": evidence_command,
         "report": report_command,
         "bench": bench_command,
@@ -205,6 +207,14 @@ def serve_command(arguments: ServeArguments, console: Console) -> None:
 def compare_command(arguments: CompareArguments, console: Console) -> None:
     """The main job."""
     compare(arguments.experiment, workers=arguments.workers, console=console, progress=bar(console))
+
+
+def plan_command(arguments: PlanArguments, console: Console) -> None:
+    """The plan of three arms: a table, what it means and, where a file is named, the same as JSON."""
+    from pte.plan.command import PlanRequest, write_plan
+
+    check_output(arguments.output)
+    write_plan(PlanRequest(**vars(arguments)), console)
 
 
 def bench_command(arguments: BenchArguments, console: Console) -> None:

@@ -1,12 +1,14 @@
 """The worst case first: longest prompt, longest completion, one update, so that a run that cannot fit fails at once.
 
-Decides: what the worst case is, and what to lower when it does not fit. Nothing is written, nothing is kept.
+Decides: what the worst case is, what it is held against (`pte.plan`), and what to lower when it does not fit. Nothing
+is written, nothing is kept.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +18,19 @@ from pte.learn.grpo import GrpoStage
 from pte.learn.stage import peak_memory_bytes
 from pte.learn.trainer import build_stages
 from pte.method.cache import analytic_bytes
+from pte.plan.arms import planned_policy, planned_work
+from pte.plan.memory import ADAMW_MOMENTS
+from pte.plan.model_sizes import ModelSizes
+from pte.plan.process_memory import device_growth_bytes
+from pte.plan.rollout_memory import rollout_memory
+from pte.plan.update_memory import update_memory
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
 from pte.session import check_problems, open_session
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig
+    from pte.model.policy import BoundedPolicy
 
 
 def dry_run(config: ExperimentConfig) -> str:
@@ -51,21 +60,29 @@ def dry_run(config: ExperimentConfig) -> str:
             stop_token_ids=(),
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
-        rollouts = engine.run([RolloutRequest(longest, seed) for seed in range(sequences)])
+        rollouts: list[Rollout] = []
+        requests = [RolloutRequest(longest, seed) for seed in range(sequences)]
+        with torch.no_grad():
+            policy.base(
+                torch.tensor([longest], device=policy.device)
+            )  # what libraries load at first is not the rollout's
+        grown = device_growth_bytes(policy.device, lambda: rollouts.extend(engine.run(requests)))
         lines.append(
             f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), "
             f"cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
-            f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB"
+            f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB; "
+            f"{against(planned_rollout(policy, config, longest), grown)}"
         )
         for stage in build_stages(session, config):
             started = time.perf_counter()
             if isinstance(stage, DistillStage) and stage.source == "teacher":
                 lines.append(teacher_rollout(stage, longest))
-            one_update(stage, rollouts)
+            grown = device_growth_bytes(policy.device, partial(one_update, stage, rollouts))
             seconds = time.perf_counter() - started
             lines.append(
                 f"{stage.name}: one update on {stage.micro_batch_size} sequences {seconds:.1f} s, "
-                f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB"
+                f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB; "
+                f"{against(planned_update(stage, policy, config, longest), grown)}"
             )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
@@ -85,6 +102,48 @@ def dry_run(config: ExperimentConfig) -> str:
         f"train.micro_batch_size, cache.window_tokens"
     )
     return "\n".join(lines)
+
+
+def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...]) -> int:
+    """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it."""
+    planned = planned_policy(config, ModelSizes.of(policy.base.config), cuda=policy.device.type == "cuda")
+    work = planned_work(config, prompt_tokens=len(prompt))
+    # All sequences share one prompt here.
+    phase = rollout_memory(planned, replace(work, group_size=work.sequences))
+    fused = planned.fused_numbers * policy.dtype.itemsize
+    return phase.device_bytes + (fused if planned.cuda else phase.host_bytes)
+
+
+def planned_update(
+    stage: object, policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...]
+) -> int | None:
+    """The same of a stage's update; None in a gradient mode that cannot be planned.
+
+    The optimizer's first step makes its moments, when the walk's memory is free again.
+    """
+    assert isinstance(stage, DistillStage | GrpoStage)
+    options = config.distill if isinstance(stage, DistillStage) else config.train
+    if options.gradient_mode == "exact" and not policy.schedule.is_full:
+        return None
+    planned = planned_policy(config, ModelSizes.of(policy.base.config), cuda=policy.device.type == "cuda")
+    work = replace(
+        planned_work(config, prompt_tokens=len(prompt)),
+        sequences=stage.micro_batch_size,
+        micro_batch=stage.micro_batch_size,
+        gradient_mode=options.gradient_mode,
+        horizon=options.horizon,
+        reference=planned_work(config, prompt_tokens=1).reference if isinstance(stage, GrpoStage) else None,
+    )
+    walk = update_memory(planned, work).device_bytes
+    return max(walk, (1 + ADAMW_MOMENTS) * planned.adapter_bytes)
+
+
+def against(planned: int | None, measured: int | None) -> str:
+    """What was planned beside what was measured, both beyond what was there before."""
+    ours = "not planned in this gradient mode" if planned is None else f"planned {planned / 2**20:.1f} MiB"
+    theirs = "not measured here" if measured is None else f"measured {measured / 2**20:.1f} MiB"
+    ratio = f" ({planned / measured:.2f})" if planned and measured else ""
+    return f"beyond what was there before: {ours}, {theirs}{ratio}"
 
 
 def teacher_rollout(stage: DistillStage, prompt: tuple[int, ...]) -> str:

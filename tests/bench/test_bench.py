@@ -12,18 +12,18 @@ import torch
 from pte.bench.__main__ import main
 from pte.bench.cpu_arms import evicted_bytes, plain_step, prompts
 from pte.bench.figures import FIGURES, cpu_figures
-from pte.bench.memory import peak_growth_bytes, probe_available
 from pte.bench.plain import PlainLoraStep, attach_plain_lora, completion_logprobs, detach_plain_lora, generate
 from pte.bench.presets import CPU, Preset
 from pte.bench.report import print_report
 from pte.bench.run import Measured, measure, torch_threads
-from pte.bench.shapes import random_base
 from pte.bench.timing import PairedSeconds
 from pte.bench.workload import fixed_advantages, grpo_loss, randomize_ups
 from pte.learn.loss import BatchTotals
 from pte.method.adapter import LINEAR_MAPS, LowRankPair, ThoughtAdapter
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes
+from pte.plan.process_memory import peak_growth_bytes, probe_available
+from pte.plan.shapes import random_base
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
 

@@ -26,10 +26,10 @@ from pte.bench.gpu_rollout import START_TOKENS
 from pte.bench.gpu_run import PARTS, run_gpu
 from pte.bench.plain import generate
 from pte.bench.rows import Case, Row
-from pte.bench.shapes import SHAPES, random_base
 from pte.bench.workload import random_ids
 from pte.model.load import linear_maps
 from pte.model.policy import BoundedPolicy
+from pte.plan.shapes import SHAPES, random_base
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.token_step import TokenStep
 from pte.timing import SPANS

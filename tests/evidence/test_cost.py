@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from pte.bench.memory import probe_available
 from pte.compare import arm_config
 from pte.config import ExperimentConfig
 from pte.evidence.cost import (
@@ -21,6 +20,7 @@ from pte.evidence.cost import (
 )
 from pte.evidence.memory_process import config_of
 from pte.evidence.step import CostStep
+from pte.plan.process_memory import probe_available
 from pte.timing import SPANS, StepClock
 from short_runs import short_config
 

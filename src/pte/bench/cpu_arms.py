@@ -11,11 +11,11 @@ import torch
 
 from pte.bench.arms import OurRollout, OurStep, attach_trained
 from pte.bench.plain import PlainGenerate, PlainLoraStep
-from pte.bench.roofline import DecodeWork
-from pte.bench.shapes import random_base
 from pte.bench.workload import random_ids
 from pte.method.schedule import EvictionSchedule
 from pte.model.policy import BoundedPolicy
+from pte.plan.roofline import DecodeWork
+from pte.plan.shapes import random_base
 
 if TYPE_CHECKING:
     from pte.bench.presets import Preset

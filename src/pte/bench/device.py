@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.bench.machine import Facts, hardware
-from pte.bench.roofline import DeviceRates
+from pte.plan.roofline import DeviceRates
 
 if TYPE_CHECKING:
     from pte.bench.gpu_plan import GpuPlan

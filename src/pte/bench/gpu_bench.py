@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.bench.device import clear, elapsed_seconds, free_bytes
-from pte.bench.roofline import DecodeWork, DeviceRates, step_bound_seconds
 from pte.bench.rows import NotMeasured, Values
 from pte.bench.timing import summary
+from pte.plan.roofline import DecodeWork, DeviceRates, step_bound_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pte.bench.gpu_plan import GpuPlan
-    from pte.bench.shapes import ModelShape
+    from pte.plan.shapes import ModelShape
 
 RESERVED_BYTES = 6 * 2**30
 LOGIT_BYTES = 12

@@ -17,7 +17,6 @@ from torch.nn import functional
 from pte.bench.arms import attached
 from pte.bench.device import peak_memory, repeated_seconds
 from pte.bench.gpu_bench import Bench, reading
-from pte.bench.roofline import attention_bound_seconds, weights_bound_seconds
 from pte.bench.rows import Case, Values
 from pte.kernels.available import kernels_available
 from pte.method.adapter import INPUT_GROUPS, steer
@@ -25,6 +24,7 @@ from pte.method.cache import EvictedTokens
 from pte.model.load import linear_maps
 from pte.model.policy import BoundedPolicy
 from pte.model.segment import first_state, fold
+from pte.plan.roofline import attention_bound_seconds, weights_bound_seconds
 from pte.rollout.sampling import draw_tokens, token_logprobs
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from pte.bench.arms import OurRollout, attached
 from pte.bench.device import elapsed_seconds, empty_kernel_cache, peak_memory
 from pte.bench.generate_arms import generate_steps, static_steps
 from pte.bench.gpu_bench import Bench, BoundedSteps, reading
-from pte.bench.roofline import StepLine, attended_sum
 from pte.bench.rows import Case, NotMeasured, Values, number_in
 from pte.bench.vllm_arm import vllm_values
 from pte.bench.workload import random_ids
 from pte.model.policy import BoundedPolicy
+from pte.plan.roofline import StepLine, attended_sum
 
 if TYPE_CHECKING:
     from pte.bench.gpu_plan import GpuPlan

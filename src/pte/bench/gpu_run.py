@@ -28,9 +28,9 @@ from pte.bench.gpu_rollout import long_cases, measure_long, measure_rollout, rol
 from pte.bench.gpu_step import measure_step, step_cases
 from pte.bench.gpu_update import measure_update, update_cases
 from pte.bench.machine import commit, versions
-from pte.bench.roofline import DecodeWork
 from pte.bench.rows import Case, NotMeasured, Part, Row, RowBook, Values, first_line
-from pte.bench.shapes import random_base, shape_named
+from pte.plan.roofline import DecodeWork
+from pte.plan.shapes import random_base, shape_named
 
 PARTS: dict[Part, tuple[Callable[[GpuPlan], list[Case]], Callable[[Bench, Case], Values]]] = {
     "rollout": (rollout_cases, measure_rollout),

@@ -19,10 +19,10 @@ from pte.bench.arms import OurStep, attached, given_rollouts
 from pte.bench.device import clear, elapsed_seconds, peak_memory
 from pte.bench.gpu_bench import Bench, reading
 from pte.bench.plain import PlainLoraStep, detach_plain_lora
-from pte.bench.roofline import update_flops
 from pte.bench.rows import Case, Values
 from pte.bench.workload import random_ids
 from pte.model.policy import BoundedPolicy
+from pte.plan.roofline import update_flops
 
 if TYPE_CHECKING:
     from pte.bench.gpu_plan import GpuPlan

@@ -1,10 +1,8 @@
 """How much resident memory a piece of work needs at its peak, beyond what the process held before it.
 
 Decides: the method. A fresh process for every reading; a short training step first (libraries loaded, optimizer state
-made); the allocator's free pages given back (`malloc_trim`); the kernel's high-water mark reset (5 written to
-/proc/self/clear_refs); the work; then growth = VmHWM after - VmRSS before. Linux with glibc only; elsewhere the
-memory figures are null. Resolution: the kernel counts pages in batches of some tens of pages a core, and the
-allocator rounds, so that readings of equal work differ by about 1 MB.
+made); then the growth of the step itself (`pte.plan.process_memory`), which can be read on Linux with glibc only;
+elsewhere the memory figures are null. Readings of equal work differ by about 1 MB.
 
 The allocator's environment is fixed (`ALLOCATOR`), for both sides alike: by default glibc raises the size from which
 a block gets pages of its own as blocks are freed, then keeps freed blocks in its heap, and the same step reads up to
@@ -13,19 +11,16 @@ a third higher in some processes than in others.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from pte.bench.cpu_arms import our_step, plain_step
+from pte.plan.process_memory import peak_growth_bytes
 
 if TYPE_CHECKING:
     from pte.bench.presets import Preset
@@ -33,36 +28,6 @@ if TYPE_CHECKING:
 MemoryArm = Literal["chain", "horizon", "lora"]
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 BYTES_PER_MB = 1e6
-
-
-def probe_available() -> bool:
-    """True where the high-water mark can be read and reset."""
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        return False
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return status_bytes("VmHWM") > 0
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status, bytes; 0 where there is none."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    return 0
-
-
-def peak_growth_bytes(work: Callable[[], object]) -> int:
-    """Growth of resident memory at the peak of `work`."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    work()
-    return status_bytes("VmHWM") - before
 
 
 def step_growth_bytes(preset: Preset, arm: MemoryArm, *, tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from pte.bench.shapes import ModelShape
+from pte.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True)

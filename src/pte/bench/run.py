@@ -20,10 +20,11 @@ import torch
 from pte.bench.cpu_arms import evicted_bytes, our_rollout, our_step, plain_generate, plain_step
 from pte.bench.figures import Figures, cpu_figures, flat_figures
 from pte.bench.gpu_run import progress, run_gpu
-from pte.bench.memory import BYTES_PER_MB, MemoryArm, isolated_growth_bytes, probe_available
+from pte.bench.memory import BYTES_PER_MB, MemoryArm, isolated_growth_bytes
 from pte.bench.presets import CPU, Preset
 from pte.bench.report import print_report
 from pte.bench.timing import PairedSeconds, paired_seconds
+from pte.plan.process_memory import probe_available
 
 GrowthReader = Callable[[Preset, MemoryArm, int], int]
 

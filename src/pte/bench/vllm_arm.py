@@ -19,11 +19,11 @@ import torch
 from pte.bench.device import elapsed_seconds, free_bytes
 from pte.bench.gpu_bench import Bench, reading
 from pte.bench.rows import NotMeasured, Values, first_line
-from pte.bench.shapes import model_config
 from pte.bench.workload import random_ids
+from pte.plan.shapes import model_config
 
 if TYPE_CHECKING:
-    from pte.bench.shapes import ModelShape
+    from pte.plan.shapes import ModelShape
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 LEFT_FREE_BYTES = 4 * 2**30

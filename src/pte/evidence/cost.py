@@ -53,8 +53,9 @@ def measure_cost(config: ExperimentConfig, *, repeats: int = 3) -> dict[str, flo
         `backward_seconds`, `optimizer_seconds`, `other_seconds`, exclusive of each other, whose sum is
         `step_seconds`; `state_fraction`, the share of fold and read in it, and the same of the rollout's and of the
         update's spans. Without an update (the base alone) the entries that start with `update_` are missing; where
-        memory cannot be read (`pte.bench.memory`), `peak_memory_bytes` is; where decode kernels are fused or captured,
-        S is read inside them, `rollout_state_fraction` is missing and `state_fraction` leaves these readings out.
+        memory cannot be read (`pte.plan.process_memory`), `peak_memory_bytes` is; where decode kernels are fused or
+        captured, S is read inside them, `rollout_state_fraction` is missing and `state_fraction` leaves these readings
+        out.
 
     Raises:
         ValueError: `repeats` is below 1, or the experiment cannot be opened.

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pte.bench.memory import peak_growth_bytes, probe_available
 from pte.config import ExperimentConfig
 from pte.config_file import SECTIONS
 from pte.config_rules import FieldValue
 from pte.evidence.cost import warmup_tokens
 from pte.evidence.step import CostStep
 from pte.learn.grpo import ScoredRollout
+from pte.plan.process_memory import peak_growth_bytes, probe_available
 
 
 def main(request: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pte.bench.roofline import (
+from pte.method.schedule import EvictionSchedule
+from pte.plan.roofline import (
     DecodeWork,
     DeviceRates,
     StepLine,
@@ -15,8 +16,7 @@ from pte.bench.roofline import (
     update_flops,
     weights_bound_seconds,
 )
-from pte.bench.shapes import SHAPES, ModelShape, model_config, random_base
-from pte.method.schedule import EvictionSchedule
+from pte.plan.shapes import SHAPES, ModelShape, model_config, random_base
 
 # Two layers: q and o 8 x 8, k and v 8 x 4, MLP 3 x 8 x 10: 64 + 64 + 32 + 32 + 240 = 432 each; head 8 x 20 = 160.
 SMALL = ModelShape(8, 10, layers=2, heads=4, kv_heads=2, vocab=20, tied=False, max_positions=64)

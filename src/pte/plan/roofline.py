@@ -14,13 +14,56 @@ attention 4 heads head_dim layers an attended token forward and twice that backw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from pte.bench.shapes import ModelShape
     from pte.method.schedule import EvictionSchedule
+
+
+class DecoderSizes(Protocol):
+    """Sizes that the arithmetic reads: of a shape written down, or of a configuration."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        ...
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of one head."""
+        ...
+
+    @property
+    def kv_dim(self) -> int:
+        """Numbers of one token's keys in one layer."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """Token ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +85,7 @@ class DecodeWork:
     attention_flops: int
 
     @classmethod
-    def of(cls, shape: ModelShape, dtype: torch.dtype) -> DecodeWork:
+    def of(cls, shape: DecoderSizes, dtype: torch.dtype) -> DecodeWork:
         """The work of a shape."""
         attention = 2 * shape.hidden_size * (shape.heads + shape.kv_heads) * shape.head_dim
         layers = shape.layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
