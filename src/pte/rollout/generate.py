@@ -21,11 +21,12 @@ import torch
 
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state
+from pte.rollout.admit import admit_sequences
 from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.evict import evict_where_due
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest, check_fits
-from pte.rollout.sampling import check_temperature, stream_uniforms, token_logprobs
+from pte.rollout.sampling import check_temperature
 from pte.rollout.sequences import NewTokens, RunningSequence, SeenRow, new_tokens, whole_rollouts
 from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
@@ -266,51 +267,27 @@ class RolloutEngine:
     def refill(self) -> None:
         """Puts waiting requests into free rows until no row or no request is left."""
         while self.queue and (free := [row for row, sequence in enumerate(self.running) if sequence is None]):
-            admitted = [(row, *self.queue.popleft()) for row in free[: len(self.queue)]]
-            self.reader.read([request.prompt_ids for _, _, request in admitted])
-            self.admit(admitted)
+            admitted = [(row, self.sequence(*self.queue.popleft())) for row in free[: len(self.queue)]]
+            self.reader.read([sequence.request.prompt_ids for _, sequence in admitted])
+            admit_sequences(
+                self.policy,
+                self.buffers,
+                admitted,
+                reader=self.reader,
+                first=self.first,
+                temperature=self.temperature,
+            )
+            for row, sequence in admitted:
+                self.running[row] = sequence
             self.finish_stopped()
 
-    def admit(self, admitted: Sequence[tuple[int, int, RolloutRequest]]) -> None:
-        """Starts sequences in free rows and draws their first tokens.
-
-        Args:
-            admitted: Row, order and request of each.
-        """
-        buffers, device = self.buffers, self.policy.device
-        rows = torch.tensor([row for row, _, _ in admitted], device=device)
-        requests = [request for _, _, request in admitted]
-        logits, temperatures = [], []
-        for row, order, request in admitted:
-            prompt = self.reader.take(request.prompt_ids)
-            buffers.cache.place_prompt(
-                torch.tensor([row], device=device),
-                prompt.keys[:, None],
-                prompt.values[:, None],
-                lengths=torch.tensor([len(request.prompt_ids)], device=device),
-            )
-            logits.append(prompt.logits)
-            sequence = RunningSequence(
-                order=order,
-                request=request,
-                max_new_tokens=request.max_new_tokens or self.max_new_tokens,
-                temperature=self.temperature if request.temperature is None else request.temperature,
-            )
-            self.running[row] = sequence
-            temperatures.append(sequence.temperature)
-        if self.first is not None:
-            buffers.set_states(self.policy, rows, self.first[:, None].expand(-1, len(admitted), -1, -1))
-        temperature: float | Tensor = self.temperature
-        if buffers.temperatures is not None:
-            temperature = torch.tensor(temperatures, dtype=buffers.temperatures.dtype, device=device)
-            buffers.temperatures[rows] = temperature
-        uniforms = [stream_uniforms(request.stream_seed, self.max_new_tokens) for request in requests]
-        buffers.admit(
-            rows,
-            token_logprobs(torch.stack(logits), temperature),
-            uniforms=torch.stack(uniforms).to(device),
-            stream_seeds=torch.tensor([request.stream_seed for request in requests], device=device),
-            greedy=temperature == 0,
+    def sequence(self, order: int, request: RolloutRequest) -> RunningSequence:
+        """A request that starts, with the engine's limit and temperature where it has none of its own."""
+        return RunningSequence(
+            order=order,
+            request=request,
+            max_new_tokens=request.max_new_tokens or self.max_new_tokens,
+            temperature=self.temperature if request.temperature is None else request.temperature,
         )
 
     @torch.no_grad()
