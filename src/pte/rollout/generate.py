@@ -27,7 +27,7 @@ from pte.rollout.evict import evict_where_due
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest, check_fits
 from pte.rollout.sampling import check_temperature
-from pte.rollout.sequences import NewTokens, RunningSequence, SeenRow, new_tokens, whole_rollouts
+from pte.rollout.sequences import NewTokens, RunningSequence, look, new_tokens, whole_rollouts
 from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
 
@@ -181,7 +181,6 @@ class RolloutEngine:
                 rows=rows,
                 prompt_slots=prompt_slots,
                 max_new_tokens=self.max_new_tokens,
-                stop_token_ids=self.stop_token_ids,
                 first=self.first,
             )
             if own_temperatures:
@@ -324,14 +323,7 @@ class RolloutEngine:
 
     def finish_stopped(self) -> None:
         """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""
-        stops = self.buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
-        seen = []
-        for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True)):
-            if sequence is not None:
-                drawn = (sequence.entering if stop < 0 else stop) + 1
-                ended = stop >= 0 or drawn == sequence.max_new_tokens
-                if ended or self.on_tokens is not None:
-                    seen.append(SeenRow(row, sequence, drawn, ended))
+        seen = look(self.buffers, self.running, stop_token_ids=self.stop_token_ids)
         if self.on_tokens is not None:
             for tokens in new_tokens(self.buffers, seen):
                 self.on_tokens(tokens)
