@@ -94,6 +94,8 @@ def steer(
     low: Float[Tensor, "rows tokens rank"], transposed: Float[Tensor, "rows rank rank"]
 ) -> Float[Tensor, "rows tokens rank"]:
     """S (B x) of every token, from B x and S^T of its row; multiplied in the state's dtype."""
+    if low.dtype == transposed.dtype:
+        return torch.bmm(low, transposed)
     return torch.bmm(low.to(transposed.dtype), transposed).to(low.dtype)
 
 

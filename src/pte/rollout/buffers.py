@@ -161,8 +161,9 @@ class DecodeBuffers:
         column = self.entered[:, None]
         drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)
         self.current.copy_(drawn)
-        self.tokens.scatter_(1, column, drawn[:, None])
-        self.logprobs.scatter_(1, column, logprobs.gather(1, drawn[:, None]))
+        token = drawn[:, None]
+        self.tokens.scatter_(1, column, token)
+        self.logprobs.scatter_(1, column, logprobs.gather(1, token))
         if self.top_ids is not None and self.top_logprobs is not None:
             likeliest = logprobs.topk(self.top_ids.shape[2])
             places = column[:, :, None].expand(-1, 1, self.top_ids.shape[2])

@@ -259,7 +259,6 @@ class RolloutEngine:
             forward=self.decode,
             temperature=self.temperature,
             state_control=self.state_control,
-            observes=self.observes,
         )
 
     @torch.no_grad()

@@ -43,7 +43,6 @@ class TokenStep:
         forward: `decode_forward(policy, ...)`.
         temperature: As the engine's; unused where the buffers hold one of each row.
         state_control: As the engine's.
-        observes: Sum the attention that the eviction policy asks for.
     """
 
     def __init__(
@@ -54,16 +53,13 @@ class TokenStep:
         forward: DecodeStep | FusedDecodeStep,
         temperature: float,
         state_control: StateControl,
-        observes: bool,
     ) -> None:
         self.policy = policy
         self.buffers = buffers
         self.forward = forward
         self.temperature = temperature
         self.state_control: StateControl = state_control
-        self.observes = observes
-        # Sums of observed attention are tensors of their own at every step: nothing to replay.
-        self.captures = policy.device.type == "cuda" and not observes
+        self.captures = policy.device.type == "cuda"
         self.replayed: Callable[[], None] | None = None
         self.warm = False
 
@@ -81,7 +77,8 @@ class TokenStep:
         """
         cache = self.buffers.cache
         total = cache.positions.shape[1]
-        if not self.captures:
+        # Which rows are observed differs from step to step: nothing to replay.
+        if not self.captures or observed is not None:
             self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total), observed=observed)
             return
         # Kernels are launched and graphs captured on the current device, whatever device their tensors lie on.
@@ -159,9 +156,11 @@ def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
     if policy.device.type != "cuda":
         return "eager"
-    graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
-    reason = fused_refusal(policy)
-    return f"fused kernels{graph}" if reason is None else f"eager{graph} ({reason})"
+    if (reason := fused_refusal(policy)) is None:
+        return "fused kernels, CUDA graph"
+    observed = None if policy.schedule.is_full else policy.eviction.needs.attention
+    graph = ", CUDA graph" if observed is None else ", CUDA graph where unobserved" if observed == "last" else ""
+    return f"eager{graph} ({reason})"
 
 
 def controlled(
