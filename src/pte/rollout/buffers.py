@@ -177,7 +177,7 @@ class DecodeBuffers:
             count: Of each row. In front of a row that has drawn fewer stands its first token.
         """
         if count == 1:
-            return self.current[:, None].tolist()
+            return [[token] for token in self.current.tolist()]
         columns = self.entered[:, None] + torch.arange(1 - count, 1, device=self.tokens.device)
         return self.tokens.gather(1, columns.clamp_(min=0)).tolist()
 

@@ -32,9 +32,6 @@ from pte.rollout.token_step import StateControl, TokenStep, decode_forward, deco
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-
     from pte.model.policy import BoundedPolicy
 
 LOOK_EVERY_TOKENS = 8
@@ -306,19 +303,17 @@ class RolloutEngine:
             tokens = tokens if due is None else min(tokens, due)
         self.token_step.claim()
         for offset in range(tokens):
-            self.token_step(longest=longest + offset, observed=self.observed_rows(offset))
+            self.token_step(longest=longest + offset, observed_rows=self.observed_rows(offset))
         for sequence in running:
             sequence.entering += tokens
         self.decode_steps += tokens
 
-    def observed_rows(self, offset: int) -> Bool[Tensor, " rows"] | None:
-        """Rows whose query of the token after `offset` more is asked about at their next eviction; None for none."""
-        if not self.observes:
-            return None
-        observed = [
-            sequence is not None and self.policy.observes(sequence.entering + offset) for sequence in self.running
+    def observed_rows(self, offset: int) -> list[bool]:
+        """True for each row whose query of the token after `offset` more is asked about at its next eviction."""
+        return [
+            self.observes and sequence is not None and self.policy.observes(sequence.entering + offset)
+            for sequence in self.running
         ]
-        return torch.tensor(observed, device=self.policy.device) if any(observed) else None
 
     def finish_stopped(self) -> None:
         """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""

@@ -98,15 +98,15 @@ def look(
         running: The sequence in each row, or None.
         stop_token_ids: Tokens that end a completion; without any, nothing is copied from the device.
     """
-    fresh = [0 if one is None else one.entering + 1 - one.looked_at_tokens for one in running]
-    newest = buffers.newest_tokens(max(fresh)) if stop_token_ids and any(fresh) else [[]] * len(running)
+    unseen = max((one.entering + 1 - one.looked_at_tokens for one in running if one is not None), default=0)
+    newest = buffers.newest_tokens(unseen) if stop_token_ids and unseen else [[]] * len(running)
     seen = []
-    for row, (sequence, count, tokens) in enumerate(zip(running, fresh, newest, strict=True)):
+    for row, (sequence, tokens) in enumerate(zip(running, newest, strict=True)):
         if sequence is not None:
-            before, drawn = sequence.looked_at_tokens, sequence.entering + 1
-            unseen = tokens[len(tokens) - count :]
-            stop = next((before + at for at, token in enumerate(unseen) if token in stop_token_ids), None)
-            sequence.looked_at_tokens = drawn
+            sequence.looked_at_tokens = drawn = sequence.entering + 1
+            # What is seen a second time stopped nothing the first time.
+            places = enumerate(tokens, start=drawn - len(tokens))
+            stop = next((place for place, token in places if token in stop_token_ids), None)
             ended = stop is not None or drawn == sequence.max_new_tokens
             seen.append(SeenRow(row, sequence, drawn if stop is None else stop + 1, ended))
     return seen
