@@ -16,7 +16,7 @@ from pte.arguments import ARGUMENTS, EXAMPLES, OVERVIEW
 from pte.bench.table import bench_table, read_baselines, with_table
 from pte.cli import parse
 from pte.config import ExperimentConfig
-from pte.config_file import SECTIONS, load_experiment, read_experiment_file
+from pte.config_file import SECTIONS, read_experiment_file
 from pte.method.eviction.registry import POLICIES
 from pte.report.command import read_runs
 from pte.report.page import render_markdown
@@ -40,7 +40,7 @@ def test_there_are_experiments() -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_loads_and_is_trainable(path: Path) -> None:
-    config = load_experiment(path)
+    config = parse("train", [str(path)])
     config.check_trainable()
     assert config.run.name == path.stem, "each experiment has a run directory of its own"
     for section, values in read_experiment_file(path).items():
@@ -49,7 +49,7 @@ def test_every_experiment_loads_and_is_trainable(path: Path) -> None:
 
 
 def test_the_main_job_is_the_one_that_was_asked_for() -> None:
-    config = load_experiment(ROOT / "configs" / "embedded.toml")
+    config = parse("train", [str(ROOT / "configs" / "embedded.toml")])
     trace_tokens = 10 * config.task.num_statements + 4
     assert trace_tokens >= 4 * config.cache.window_tokens, "traces are at least four windows long"
     assert config.rollout.max_new_tokens >= trace_tokens and config.eval.max_new_tokens >= trace_tokens
@@ -59,7 +59,7 @@ def test_the_main_job_is_the_one_that_was_asked_for() -> None:
 
 
 def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
-    config = load_experiment(ROOT / "configs" / "gsm8k.toml")
+    config = parse("train", [str(ROOT / "configs" / "gsm8k.toml")])
     assert config.train.steps >= 20
     assert "gsm8k_train" in str(config.task.train_path)
     assert [Path(name).stem for name in config.task.eval_paths] == ["gsm8k_test", "aime24"]
@@ -69,7 +69,7 @@ def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
 def test_every_data_file_lies_in_a_directory_that_the_reader_makes_and_has_a_source() -> None:
     named = {f"data/{one.file}" for one in SUITES["math6"]}
     for path in EXPERIMENTS:
-        task = load_experiment(path).task
+        task = parse("train", [str(path)]).task
         named |= {name for name in (task.train_path, *task.eval_paths) if name is not None}
     text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `") and ".jsonl` |" in line]

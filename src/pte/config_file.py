@@ -1,4 +1,4 @@
-"""Experiment files: TOML in, a checked configuration or the equal flags out.
+"""Experiment files: TOML in, checked values or the equal flags out.
 
 Decides: how a file's sections and keys map to `ExperimentConfig`, what a misspelt one is answered with, and how a file
 becomes flags, so that `flags_from_file(path) + flags` through one parser gives the user's flags the last word.
@@ -23,35 +23,6 @@ REFUSED = {
     "top_p": "sampling would follow another distribution than the one that is scored; use temperature",
     "top_k": "sampling would follow another distribution than the one that is scored; use temperature",
 }
-
-
-def load_experiment(path: str | Path, *, overrides: Mapping[str, FieldValue] | None = None) -> ExperimentConfig:
-    """The configuration that an experiment file describes.
-
-    Args:
-        path: A TOML file.
-        overrides: Values that win over the file, by dotted name, for example {"train.steps": 5}.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no TOML, names an unknown section or key, or a value breaks a rule.
-        TypeError: A value is of the wrong type.
-    """
-    values = read_experiment_file(path)
-    for name, value in (overrides or {}).items():
-        section, _, key = name.partition(".")
-        annotation = _annotation(section, key, source="overrides")
-        values.setdefault(section, {})[key] = fitting_value(name, value, annotation=annotation)
-    sections = {}
-    for section, given in values.items():
-        try:
-            sections[section] = SECTIONS[section](**given)
-        except ValueError as error:
-            raise ValueError(f"{path}: [{section}] {error}") from error
-    try:
-        return ExperimentConfig(**sections)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_experiment_file(path: str | Path) -> dict[str, dict[str, FieldValue]]:
@@ -80,7 +51,7 @@ def read_experiment_file(path: str | Path) -> dict[str, dict[str, FieldValue]]:
         if section not in SECTIONS:
             raise ValueError(f"{path}: unknown section [{section}]; {_nearest(section, SECTIONS)}")
         for key, value in entries.items():
-            annotation = _annotation(section, key, source=str(path))
+            annotation = _annotation(section, key, path=path)
             try:
                 values[section][key] = fitting_value(key, value, annotation=annotation)
             except (TypeError, ValueError) as error:
@@ -127,16 +98,14 @@ def refuse_flags(flags: Sequence[str]) -> None:
             raise ValueError(f"{flag.partition('=')[0]} is not offered: {REFUSED[key]}")
 
 
-def _annotation(section: str, key: str, *, source: str) -> object:
+def _annotation(section: str, key: str, *, path: Path) -> object:
     """The annotation of a field, or a ValueError that says where else the key belongs."""
-    if section not in SECTIONS:
-        raise ValueError(f"{source}: unknown section [{section}]; {_nearest(section, SECTIONS)}")
     if key in REFUSED:
-        raise ValueError(f"{source}: [{section}] {key} is not offered: {REFUSED[key]}")
+        raise ValueError(f"{path}: [{section}] {key} is not offered: {REFUSED[key]}")
     annotations = get_type_hints(SECTIONS[section])
     if key not in annotations:
         remedy = _home_of(key).removeprefix("; ") or _nearest(key, annotations)
-        raise ValueError(f"{source}: [{section}] has no key {key!r}; {remedy}")
+        raise ValueError(f"{path}: [{section}] has no key {key!r}; {remedy}")
     return annotations[key]
 
 

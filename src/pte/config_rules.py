@@ -1,6 +1,6 @@
 """What a field of a configuration may hold, and how a value that it may not hold is refused.
 
-Decides: which values fit an annotation (`fitting_value`), for dataclasses, experiment files and overrides alike, and
+Decides: which values fit an annotation (`fitting_value`), for dataclasses and experiment files alike, and
 the form of every refusal: name, rule, value, remedy. Does not know: any particular field, files, flags.
 A bool is no integer here, a float is no integer, an integer is a number.
 """
