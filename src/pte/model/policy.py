@@ -83,6 +83,11 @@ class BoundedPolicy:
         return self.base.dtype
 
     @property
+    def vocab(self) -> int:
+        """Tokens that can be drawn. The id behind the last ends no completion, and is looked for like any stop token."""
+        return self.base.get_output_embeddings().weight.shape[0]
+
+    @property
     def device(self) -> torch.device:
         """Where the base lies."""
         return self.base.device
