@@ -40,7 +40,7 @@ def test_there_are_experiments() -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_loads_and_is_trainable(path: Path) -> None:
-    config = parse("train", [str(path)])
+    config = parse("train", [str(path)]).experiment
     config.check_trainable()
     assert config.run.name == path.stem, "each experiment has a run directory of its own"
     for section, values in read_experiment_file(path).items():
@@ -49,7 +49,7 @@ def test_every_experiment_loads_and_is_trainable(path: Path) -> None:
 
 
 def test_the_main_job_is_the_one_that_was_asked_for() -> None:
-    config = parse("train", [str(ROOT / "configs" / "embedded.toml")])
+    config = parse("train", [str(ROOT / "configs" / "embedded.toml")]).experiment
     trace_tokens = 10 * config.task.num_statements + 4
     assert trace_tokens >= 4 * config.cache.window_tokens, "traces are at least four windows long"
     assert config.rollout.max_new_tokens >= trace_tokens and config.eval.max_new_tokens >= trace_tokens
@@ -59,7 +59,7 @@ def test_the_main_job_is_the_one_that_was_asked_for() -> None:
 
 
 def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
-    config = parse("train", [str(ROOT / "configs" / "gsm8k.toml")])
+    config = parse("train", [str(ROOT / "configs" / "gsm8k.toml")]).experiment
     assert config.train.steps >= 20
     assert "gsm8k_train" in str(config.task.train_path)
     assert [Path(name).stem for name in config.task.eval_paths] == ["gsm8k_test", "aime24"]
@@ -69,7 +69,7 @@ def test_the_run_on_real_problems_is_the_one_that_was_asked_for() -> None:
 def test_every_data_file_lies_in_a_directory_that_the_reader_makes_and_has_a_source() -> None:
     named = {f"data/{one.file}" for one in SUITES["math6"]}
     for path in EXPERIMENTS:
-        task = parse("train", [str(path)]).task
+        task = parse("train", [str(path)]).experiment.task
         named |= {name for name in (task.train_path, *task.eval_paths) if name is not None}
     text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `") and ".jsonl` |" in line]

@@ -79,7 +79,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_paper_s_values_stand_in_every_recipe(path: Path) -> None:
-    config = parse("train", [str(path)])
+    config = parse("train", [str(path)]).experiment
     assert (config.adapter.kind, config.adapter.rank, config.adapter.global_tokens) == ("thought", 32, 32)
     assert (config.adapter.update_rule, config.cache.policy) == ("paper", "window")
     assert config.cache.evict_tokens / config.cache.window_tokens == 0.25
@@ -96,7 +96,7 @@ def test_the_paper_s_values_stand_in_every_recipe(path: Path) -> None:
 def test_the_recipes_differ_in_their_base_alone() -> None:
     texts = []
     for path in RECIPES:
-        config = parse("train", [str(path)])
+        config = parse("train", [str(path)]).experiment
         text = path.read_text(encoding="utf-8").replace(config.model.path.partition("/")[2], "BASE")
         texts.append(text.replace(config.model.path.partition("/")[0], "OWNER").replace(path.stem, "NAME"))
     assert len(texts) == 3 and len(set(texts)) == 1

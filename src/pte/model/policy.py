@@ -84,7 +84,7 @@ class BoundedPolicy:
 
     @property
     def vocab(self) -> int:
-        """Tokens that can be drawn. The id behind the last ends no completion, and is looked for like any stop token."""
+        """Tokens that can be drawn. As a stop token the id behind the last ends nothing, and is looked for like any."""
         return self.base.get_output_embeddings().weight.shape[0]
 
     @property
