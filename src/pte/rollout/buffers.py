@@ -174,12 +174,12 @@ class DecodeBuffers:
         """The last tokens that each row has drawn, the newest last: one small copy to the host.
 
         Args:
-            count: Of each row. In front of a row that has drawn fewer stands its first token.
+            count: Of each row; no more than the steps since the last look, which all rows took, idle ones too, or 1.
         """
         if count == 1:
             return [[token] for token in self.current.tolist()]
         columns = self.entered[:, None] + torch.arange(1 - count, 1, device=self.tokens.device)
-        return self.tokens.gather(1, columns.clamp_(min=0)).tolist()
+        return self.tokens.gather(1, columns).tolist()
 
     def set_states(
         self, policy: BoundedPolicy, rows: Int[Tensor, " some"], states: Float[Tensor, "layers _ rank rank"]
