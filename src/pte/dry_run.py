@@ -57,7 +57,8 @@ def dry_run(config: ExperimentConfig) -> str:
             slots=sequences,
             max_new_tokens=limit,
             temperature=config.rollout.temperature,
-            stop_token_ids=(),
+            # No draw can give it: the longest completion, looked at as in training.
+            stop_token_ids=(policy.vocab,),
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
         rollouts: list[Rollout] = []
@@ -149,7 +150,7 @@ def against(planned: int | None, measured: int | None) -> str:
 def teacher_rollout(stage: DistillStage, prompt: tuple[int, ...]) -> str:
     """The teacher's longest rollouts: its cache is not bounded."""
     started, teacher = time.perf_counter(), stage.teacher
-    teacher.stop_token_ids = frozenset()
+    teacher.stop_token_ids = frozenset((teacher.policy.vocab,))
     teacher.run([RolloutRequest(prompt, seed) for seed in range(stage.batch_size)])
     return (
         f"teacher: {time.perf_counter() - started:.1f} s, full cache {teacher.peak_cache_bytes / 2**20:.1f} MiB, "

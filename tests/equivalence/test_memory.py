@@ -67,6 +67,11 @@ def test_horizon_mode_does_not_grow_with_the_completion(options: dict[str, objec
     assert growth_per_token(wide_policy(**options), gradient_mode="horizon", horizon=2) < BOOKKEEPING_BYTES
 
 
+def test_completions_of_one_length_are_not_copied_to_be_sorted() -> None:
+    # Log-probs, entropies and the gradient take 15 bytes a token; a second copy of the token ids would add 8.
+    assert growth_per_token(wide_policy(), gradient_mode="horizon", horizon=2) <= 16
+
+
 def test_chain_mode_grows_by_the_evicted_keys_and_values_and_a_few_states() -> None:
     growth = growth_per_token(wide_policy())
     assert KV_BYTES <= growth < 1.1 * KV_BYTES + BOOKKEEPING_BYTES

@@ -46,7 +46,7 @@ def rollouts(policy: BoundedPolicy, *, captures: bool = True) -> tuple[str, list
 @pytest.mark.parametrize("setting", SAMPLED)
 def test_a_captured_rollout_is_the_one_of_single_launches_and_of_the_cpu(setting: str) -> None:
     path, captured = rollouts(policy_on("cuda", setting))
-    assert path.startswith("eager (" if setting in ("h2o", "rkv") else "fused kernels, CUDA graph")
+    assert path.startswith("eager, CUDA graph (" if setting in ("h2o", "rkv") else "fused kernels, CUDA graph")
     _, launched = rollouts(policy_on("cuda", setting), captures=False)
     _, on_cpu = rollouts(policy_on("cpu", setting))
     assert len({len(rollout.completion_ids) for rollout in on_cpu}) > 3

@@ -82,9 +82,12 @@ class OurRollout:
     def sample(self, tokens: int, seed: int) -> list[Rollout]:
         """Rollouts of exactly `tokens` tokens at temperature 1."""
         # An end token that no draw can give: the host looks for stopped rows as it does in training.
-        never_drawn = self.policy.base.get_output_embeddings().weight.shape[0]
         engine = RolloutEngine(
-            self.policy, slots=len(self.prompts), max_new_tokens=tokens, temperature=1.0, stop_token_ids=(never_drawn,)
+            self.policy,
+            slots=len(self.prompts),
+            max_new_tokens=tokens,
+            temperature=1.0,
+            stop_token_ids=(self.policy.vocab,),
         )
         rollouts = engine.run(
             [

@@ -1,9 +1,10 @@
 """The step whose cost is measured: a GRPO step of an experiment on completions of one fixed length.
 
-Decides: what makes arms comparable. No token ends a completion, so that all have the length asked for; advantages are
-+1 and -1 in turns, as if half of every group were right, so that every completion costs its backward whatever it
-earned; dynamic sampling is off. Everything else is the experiment's own: prompts, slots, cache, adapter, gradient mode,
-micro-batches, loss, optimizer. The base alone (`adapter.kind` none) has rollouts and rewards and no update.
+Decides: what makes arms comparable. The end token is one that no draw can give, so that all completions have the length
+asked for and the host looks for stopped rows as it does in training; advantages are +1 and -1 in turns, as if half of
+every group were right, so that every completion costs its backward whatever it earned; dynamic sampling is off.
+Everything else is the experiment's own: prompts, slots, cache, adapter, gradient mode, micro-batches, loss, optimizer.
+The base alone (`adapter.kind` none) has rollouts and rewards and no update.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class CostStep:
             slots=config.rollout.slots,
             max_new_tokens=tokens,
             temperature=config.rollout.temperature,
-            stop_token_ids=(),
+            stop_token_ids=(self.session.policy.vocab,),
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
         rollouts = engine.run(

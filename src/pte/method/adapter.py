@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pte.method.adapter_checks import check_encoder, check_layers, check_targets
 from pte.method.thought import KeySpace, ThoughtEncoder, UpdateRule
 from pte.timing import timed
 
@@ -93,6 +94,8 @@ def steer(
     low: Float[Tensor, "rows tokens rank"], transposed: Float[Tensor, "rows rank rank"]
 ) -> Float[Tensor, "rows tokens rank"]:
     """S (B x) of every token, from B x and S^T of its row; multiplied in the state's dtype."""
+    if low.dtype == transposed.dtype:
+        return torch.bmm(low, transposed)
     return torch.bmm(low.to(transposed.dtype), transposed).to(low.dtype)
 
 
@@ -214,8 +217,9 @@ class ThoughtAdapter(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_adapter_options(targets, rank=rank, global_tokens=global_tokens, kind=kind)
-        check_layers(layers, sizes.layers)
+        check_encoder(kind, rank=rank, global_tokens=global_tokens)
+        check_targets(targets, known=LINEAR_MAPS)
+        check_layers(layers, count=sizes.layers)
         self.sizes = sizes
         self.kind: AdapterKind = kind
         self.rank = rank
@@ -340,38 +344,3 @@ class ThoughtAdapter(nn.Module):
             "key_space": self.key_space,
             "global_tokens": 0 if self.encoder is None else self.encoder.global_tokens.shape[0],
         }
-
-
-def check_layers(layers: tuple[int, ...] | None, count: int) -> None:
-    """Refuses layers that a model does not have.
-
-    Raises:
-        ValueError: None is named, one is named twice, or one is out of range.
-    """
-    if layers is not None and (not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(count))):
-        raise ValueError(
-            f"layers must be different indices from 0 to {count - 1}, at least one, got {layers}; leave it out for all"
-        )
-
-
-def check_adapter_options(targets: tuple[str, ...], *, rank: int, global_tokens: int, kind: AdapterKind) -> None:
-    """Refuses options that no adapter can have.
-
-    Raises:
-        ValueError: As said in `ThoughtAdapter`.
-    """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}; the paper uses 32")
-    if global_tokens < 0:
-        raise ValueError(f"global_tokens must be 0 or more, got {global_tokens}; the paper uses 32")
-    if kind == "global_only" and global_tokens == 0:
-        raise ValueError("global_only needs global_tokens of at least 1, got 0; the state would always be zero")
-    if not targets:
-        raise ValueError(f"targets must name at least one linear map, got none; use some of {', '.join(LINEAR_MAPS)}")
-    for name in targets:
-        if name not in LINEAR_MAPS:
-            raise ValueError(
-                f"targets must be linear maps of a layer, got {name!r}; use some of {', '.join(LINEAR_MAPS)}"
-            )
-    if len(set(targets)) != len(targets):
-        raise ValueError(f"targets must not repeat a linear map, got {', '.join(targets)}; name each once")

@@ -48,6 +48,9 @@ def grouped_attention(
     packed = query.reshape(batch, kv_heads, group * tokens, head_dim)
     packed_mask = mask if group == 1 or tokens == 1 else mask.repeat(1, 1, group, 1)
     attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scaling)
+    if tokens == 1:
+        # The heads in order are what turning the two axes would give.
+        return attended.reshape(batch, 1, heads, head_dim)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(1, 2)
 
 
@@ -98,12 +101,17 @@ class DecodeAttention:
         dtype: torch.dtype,
         observer: AttentionObserver | None = None,
     ) -> None:
-        self.cache = cache
-        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
-        self.slots = slots[:, None, None, None].expand(-1, kv_heads, 1, head_dim)
-        self.attended_slots = attended_slots
+        kv_heads, slots_held, head_dim = cache.keys.shape[2:]
+        self.slots = slots.view(-1, 1, 1, 1).expand(-1, kv_heads, 1, head_dim)
         self.observer = observer
-        self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
+        # Views of all layers at once: a step of a small model feels every operation.
+        self.keys, self.values = cache.keys.unbind(0), cache.values.unbind(0)
+        self.attended_keys, self.attended_values, positions = self.keys, self.values, cache.positions
+        if attended_slots < slots_held:
+            self.attended_keys = cache.keys[:, :, :, :attended_slots].unbind(0)
+            self.attended_values = cache.values[:, :, :, :attended_slots].unbind(0)
+            positions = positions[:, :attended_slots]
+        self.mask = additive(positions >= 0, dtype).view(-1, 1, 1, attended_slots)
 
     def attend(
         self,
@@ -115,19 +123,12 @@ class DecodeAttention:
         scaling: float,
     ) -> Float[Tensor, "batch 1 heads head_dim"]:
         """Attention output of the new tokens in one layer."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.scatter_(2, self.slots, key)
-        values.scatter_(2, self.slots, value)
-        attended_keys = keys[:, :, : self.attended_slots]
+        self.keys[layer].scatter_(2, self.slots, key)
+        self.values[layer].scatter_(2, self.slots, value)
+        keys, values = self.attended_keys[layer], self.attended_values[layer]
         if self.observer is not None:
-            self.observer.observe(query, attended_keys, mask=self.mask, scaling=scaling)
-        return grouped_attention(
-            query,
-            attended_keys,
-            values[:, :, : self.attended_slots],
-            mask=self.mask,
-            scaling=scaling,
-        )
+            self.observer.observe(query, keys, mask=self.mask, scaling=scaling)
+        return grouped_attention(query, keys, values, mask=self.mask, scaling=scaling)
 
 
 class StretchAttention:

@@ -63,7 +63,8 @@ class DecodeStep:
             states: What the adapters read, for every row; None for S = I or without adapter.
         """
         hidden = self.embed_tokens(token_ids)
-        rotation = self.rotations[positions]
+        # Four-dimensional, as attention takes its heads.
+        rotation = self.rotations[positions].unsqueeze(2).unbind(1)
         transposed = (None,) * len(self.layers) if states is None else states.transpose(2, 3).unbind(0)
         for layer, state in zip(self.layers, transposed, strict=True):
             hidden = layer(hidden, rotation=rotation, attention=attention, state=state)
@@ -83,7 +84,9 @@ class DecodeLayer:
         layer = policy.base.get_decoder().layers[index]
         self.index = index
         self.head_dim: int = layer.self_attn.head_dim
-        self.query_heads = linear_of(layer, "q_proj").out_features // self.head_dim
+        self.query_heads, self.key_heads = (
+            linear_of(layer, name).out_features // self.head_dim for name in ("q_proj", "k_proj")
+        )
         self.scaling: float = layer.self_attn.scaling
         self.activation = layer.mlp.act_fn
         self.input_norm = DecodeNorm.of(layer.input_layernorm)
@@ -101,29 +104,28 @@ class DecodeLayer:
     def stacked_head_norm(self, layer: nn.Module) -> DecodeNorm:
         """The norms of query and key heads as one, with the weight of each head."""
         query, key = (DecodeNorm.of(layer.get_submodule(f"self_attn.{name}")) for name in ("q_norm", "k_norm"))
-        key_heads = linear_of(layer, "k_proj").out_features // self.head_dim
-        weights = (query.weight.expand(self.query_heads, -1), key.weight.expand(key_heads, -1))
+        weights = (query.weight.expand(self.query_heads, 1, -1), key.weight.expand(self.key_heads, 1, -1))
         return DecodeNorm(torch.cat(weights), query.epsilon)
 
     def __call__(
         self,
         hidden: Float[Tensor, "batch hidden"],
         *,
-        rotation: Float[Tensor, "batch 2 1 head_dim"],
+        rotation: tuple[Float[Tensor, "batch 1 1 head_dim"], ...],
         attention: LayerAttention,
         state: Float[Tensor, "batch rank rank"] | None,
     ) -> Float[Tensor, "batch hidden"]:
         """The residual stream after the layer."""
         batch = hidden.shape[0]
         query, key, value = self.qkv(self.input_norm(hidden), state)
-        heads = torch.cat((query, key), dim=1).view(batch, -1, self.head_dim)
+        heads = torch.cat((query, key), dim=1).view(batch, -1, 1, self.head_dim)
         if self.head_norm is not None:
             heads = self.head_norm(heads)
-        heads = rotate(heads, rotation)[:, :, None]
+        query, key = rotate(heads, rotation).split((self.query_heads, self.key_heads), dim=1)
         attended = attention.attend(
             self.index,
-            heads[:, : self.query_heads],
-            key=heads[:, self.query_heads :],
+            query,
+            key=key,
             value=value.view(batch, -1, 1, self.head_dim),
             scaling=self.scaling,
         )
@@ -184,6 +186,9 @@ class DecodeNorm:
 
     def __call__(self, x: Float[Tensor, "batch *heads channels"]) -> Float[Tensor, "batch *heads channels"]:
         """Over the last axis."""
+        if x.dtype == torch.float32 and self.weight.dim() == 1:
+            # Nothing is rounded on the way, so that one call is the same.
+            return functional.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
         return self.weight * functional.rms_norm(x.float(), x.shape[-1:], eps=self.epsilon).to(x.dtype)
 
 
@@ -200,8 +205,8 @@ def rotations(policy: BoundedPolicy, num_positions: int) -> Float[Tensor, "posit
 
 
 def rotate(
-    heads: Float[Tensor, "batch heads head_dim"], rotation: Float[Tensor, "batch 2 1 head_dim"]
-) -> Float[Tensor, "batch heads head_dim"]:
+    heads: Float[Tensor, "batch heads 1 head_dim"], rotation: tuple[Float[Tensor, "batch 1 1 head_dim"], ...]
+) -> Float[Tensor, "batch heads 1 head_dim"]:
     """x cos + rotate_half(x) sin, with channels i and i + head_dim / 2 as a pair."""
-    cos, signed_sin = rotation.unbind(1)
+    cos, signed_sin = rotation
     return heads * cos + heads.roll(heads.shape[-1] // 2, dims=-1) * signed_sin

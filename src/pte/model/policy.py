@@ -83,6 +83,11 @@ class BoundedPolicy:
         return self.base.dtype
 
     @property
+    def vocab(self) -> int:
+        """Tokens that can be drawn. As a stop token the id behind the last ends nothing, and is looked for like any."""
+        return self.base.get_output_embeddings().weight.shape[0]
+
+    @property
     def device(self) -> torch.device:
         """Where the base lies."""
         return self.base.device

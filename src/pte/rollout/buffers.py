@@ -1,16 +1,15 @@
 """The device side of the sequences that run: one row each, every tensor of fixed size, nothing read by the host.
 
-Decides: what a row holds between two tokens, how a drawn token is recorded, and where a completion stopped, so that a
-step needs no answer of the host and can be captured once and replayed. A row that has stopped still computes, until it
-is refilled or dropped: what it records lies behind its stop, or in a spare last column, and is never read.
-Does not know: prompts in text, requests, when to evict.
+Decides: what a row holds between two tokens and how a drawn token is recorded, so that a step needs no answer of the
+host and can be captured once and replayed. A row that has stopped still computes, until it is refilled or dropped: what
+it records lies behind its stop, or in a spare last column, and is never read.
+Does not know: prompts in text, requests, which tokens end a completion, when to evict.
 
 Paper: Section 3, rollouts from pi^D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -35,11 +34,9 @@ class DecodeBuffers:
         cache: Keys, values and positions.
         current: The token of each row that enters next.
         entered: Reasoning tokens of each row that have entered; the newest drawn token has this index.
-        stopped_at: Index of the stop token that ended each row's completion, or -1.
         tokens: Completion so far; the last column is spare.
         logprobs: Their log-probs when they were drawn, float32 or wider.
         uniforms: The random stream of each row.
-        stops: Tokens that end a completion.
         stream_seeds: Where the stream comes from; policies that evict at random take it too.
         states: Running states, or None without a state.
         reads: What the adapters read of them, or None.
@@ -51,11 +48,9 @@ class DecodeBuffers:
     cache: BoundedCache
     current: Int[Tensor, " rows"]
     entered: Int[Tensor, " rows"]
-    stopped_at: Int[Tensor, " rows"]
     tokens: Int[Tensor, "rows columns"]
     logprobs: Float[Tensor, "rows columns"]
     uniforms: Float[Tensor, "rows columns"]
-    stops: Int[Tensor, " stops"]
     stream_seeds: Int[Tensor, " rows"]
     states: Float[Tensor, "layers rows rank rank"] | None
     reads: Float[Tensor, "layers rows rank rank"] | None
@@ -71,7 +66,6 @@ class DecodeBuffers:
         rows: int,
         prompt_slots: int,
         max_new_tokens: int,
-        stop_token_ids: Iterable[int],
         first: Float[Tensor, "layers rank rank"] | None,
     ) -> DecodeBuffers:
         """Empty rows.
@@ -81,7 +75,6 @@ class DecodeBuffers:
             rows: Sequences at once.
             prompt_slots: Longest prompt.
             max_new_tokens: Longest completion.
-            stop_token_ids: Tokens that end a completion.
             first: The state before any eviction, or None.
         """
         device = policy.device
@@ -99,13 +92,11 @@ class DecodeBuffers:
             cache=cache,
             current=torch.zeros(rows, dtype=torch.int64, device=device),
             entered=torch.zeros(rows, dtype=torch.int64, device=device),
-            stopped_at=torch.full((rows,), -1, dtype=torch.int64, device=device),
             tokens=torch.zeros(rows, max_new_tokens + 1, dtype=torch.int64, device=device),
             logprobs=torch.zeros(
                 rows, max_new_tokens + 1, dtype=torch.promote_types(policy.dtype, torch.float32), device=device
             ),
             uniforms=torch.zeros(rows, max_new_tokens + 1, device=device),
-            stops=torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=device),
             stream_seeds=torch.zeros(rows, dtype=torch.int64, device=device),
             states=states,
             reads=reads,
@@ -156,7 +147,6 @@ class DecodeBuffers:
         self.entered[rows] = 0
         self.tokens[rows, 0] = drawn
         self.logprobs[rows, 0] = logprobs.gather(1, drawn[:, None])[:, 0]
-        self.stopped_at[rows] = self.is_stop(drawn).long() - 1
         if self.top_ids is not None and self.top_logprobs is not None:
             self.top_logprobs[rows, 0], self.top_ids[rows, 0] = logprobs.topk(self.top_ids.shape[2])
 
@@ -171,20 +161,25 @@ class DecodeBuffers:
         column = self.entered[:, None]
         drawn = draw_tokens(logprobs, self.uniforms.gather(1, column)[:, 0], greedy=greedy)
         self.current.copy_(drawn)
-        self.tokens.scatter_(1, column, drawn[:, None])
-        self.logprobs.scatter_(1, column, logprobs.gather(1, drawn[:, None]))
-        if self.stops.shape[0]:
-            stops_here = self.is_stop(drawn) & (self.stopped_at < 0)
-            self.stopped_at.copy_(torch.where(stops_here, self.entered, self.stopped_at))
+        token = drawn[:, None]
+        self.tokens.scatter_(1, column, token)
+        self.logprobs.scatter_(1, column, logprobs.gather(1, token))
         if self.top_ids is not None and self.top_logprobs is not None:
             likeliest = logprobs.topk(self.top_ids.shape[2])
             places = column[:, :, None].expand(-1, 1, self.top_ids.shape[2])
             self.top_ids.scatter_(1, places, likeliest.indices[:, None])
             self.top_logprobs.scatter_(1, places, likeliest.values[:, None])
 
-    def is_stop(self, drawn: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """True where a drawn token ends its completion."""
-        return (drawn[:, None] == self.stops).any(1)
+    def newest_tokens(self, count: int) -> list[list[int]]:
+        """The last tokens that each row has drawn, the newest last: one small copy to the host.
+
+        Args:
+            count: Of each row; no more than the steps since the last look, which all rows took, idle ones too, or 1.
+        """
+        if count == 1:
+            return [[token] for token in self.current.tolist()]
+        columns = self.entered[:, None] + torch.arange(1 - count, 1, device=self.tokens.device)
+        return self.tokens.gather(1, columns).tolist()
 
     def set_states(
         self, policy: BoundedPolicy, rows: Int[Tensor, " some"], states: Float[Tensor, "layers _ rank rank"]
@@ -201,6 +196,6 @@ class DecodeBuffers:
         kept = {
             one.name: value[:, rows] if one.name in ("states", "reads") else value[rows]
             for one in fields(self)
-            if one.name != "stops" and isinstance(value := getattr(self, one.name), torch.Tensor)
+            if isinstance(value := getattr(self, one.name), torch.Tensor)
         }
         return replace(self, cache=self.cache.compact(rows), **kept)

@@ -21,19 +21,17 @@ import torch
 
 from pte.model.load import check_positions
 from pte.model.segment import adapter_weights, first_state
+from pte.rollout.admit import admit_sequences
 from pte.rollout.buffers import DecodeBuffers
 from pte.rollout.evict import evict_where_due
 from pte.rollout.prefill import PromptReader
 from pte.rollout.record import Rollout, RolloutRequest, check_fits
-from pte.rollout.sampling import check_temperature, stream_uniforms, token_logprobs
-from pte.rollout.sequences import NewTokens, RunningSequence, SeenRow, new_tokens, whole_rollouts
+from pte.rollout.sampling import check_temperature
+from pte.rollout.sequences import NewTokens, RunningSequence, look, new_tokens, whole_rollouts
 from pte.rollout.token_step import StateControl, TokenStep, decode_forward, decode_path
 from pte.timing import timed
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
-
     from pte.model.policy import BoundedPolicy
 
 LOOK_EVERY_TOKENS = 8
@@ -180,7 +178,6 @@ class RolloutEngine:
                 rows=rows,
                 prompt_slots=prompt_slots,
                 max_new_tokens=self.max_new_tokens,
-                stop_token_ids=self.stop_token_ids,
                 first=self.first,
             )
             if own_temperatures:
@@ -259,58 +256,33 @@ class RolloutEngine:
             forward=self.decode,
             temperature=self.temperature,
             state_control=self.state_control,
-            observes=self.observes,
         )
 
     @torch.no_grad()
     def refill(self) -> None:
         """Puts waiting requests into free rows until no row or no request is left."""
         while self.queue and (free := [row for row, sequence in enumerate(self.running) if sequence is None]):
-            admitted = [(row, *self.queue.popleft()) for row in free[: len(self.queue)]]
-            self.reader.read([request.prompt_ids for _, _, request in admitted])
-            self.admit(admitted)
+            admitted = [(row, self.sequence(*self.queue.popleft())) for row in free[: len(self.queue)]]
+            self.reader.read([sequence.request.prompt_ids for _, sequence in admitted])
+            admit_sequences(
+                self.policy,
+                self.buffers,
+                admitted,
+                reader=self.reader,
+                first=self.first,
+                temperature=self.temperature,
+            )
+            for row, sequence in admitted:
+                self.running[row] = sequence
             self.finish_stopped()
 
-    def admit(self, admitted: Sequence[tuple[int, int, RolloutRequest]]) -> None:
-        """Starts sequences in free rows and draws their first tokens.
-
-        Args:
-            admitted: Row, order and request of each.
-        """
-        buffers, device = self.buffers, self.policy.device
-        rows = torch.tensor([row for row, _, _ in admitted], device=device)
-        requests = [request for _, _, request in admitted]
-        logits, temperatures = [], []
-        for row, order, request in admitted:
-            prompt = self.reader.take(request.prompt_ids)
-            buffers.cache.place_prompt(
-                torch.tensor([row], device=device),
-                prompt.keys[:, None],
-                prompt.values[:, None],
-                lengths=torch.tensor([len(request.prompt_ids)], device=device),
-            )
-            logits.append(prompt.logits)
-            sequence = RunningSequence(
-                order=order,
-                request=request,
-                max_new_tokens=request.max_new_tokens or self.max_new_tokens,
-                temperature=self.temperature if request.temperature is None else request.temperature,
-            )
-            self.running[row] = sequence
-            temperatures.append(sequence.temperature)
-        if self.first is not None:
-            buffers.set_states(self.policy, rows, self.first[:, None].expand(-1, len(admitted), -1, -1))
-        temperature: float | Tensor = self.temperature
-        if buffers.temperatures is not None:
-            temperature = torch.tensor(temperatures, dtype=buffers.temperatures.dtype, device=device)
-            buffers.temperatures[rows] = temperature
-        uniforms = [stream_uniforms(request.stream_seed, self.max_new_tokens) for request in requests]
-        buffers.admit(
-            rows,
-            token_logprobs(torch.stack(logits), temperature),
-            uniforms=torch.stack(uniforms).to(device),
-            stream_seeds=torch.tensor([request.stream_seed for request in requests], device=device),
-            greedy=temperature == 0,
+    def sequence(self, order: int, request: RolloutRequest) -> RunningSequence:
+        """A request that starts, with the engine's limit and temperature where it has none of its own."""
+        return RunningSequence(
+            order=order,
+            request=request,
+            max_new_tokens=request.max_new_tokens or self.max_new_tokens,
+            temperature=self.temperature if request.temperature is None else request.temperature,
         )
 
     @torch.no_grad()
@@ -331,30 +303,21 @@ class RolloutEngine:
             tokens = tokens if due is None else min(tokens, due)
         self.token_step.claim()
         for offset in range(tokens):
-            self.token_step(longest=longest + offset, observed=self.observed_rows(offset))
+            self.token_step(longest=longest + offset, observed_rows=self.observed_rows(offset))
         for sequence in running:
             sequence.entering += tokens
         self.decode_steps += tokens
 
-    def observed_rows(self, offset: int) -> Bool[Tensor, " rows"] | None:
-        """Rows whose query of the token after `offset` more is asked about at their next eviction; None for none."""
-        if not self.observes:
-            return None
-        observed = [
-            sequence is not None and self.policy.observes(sequence.entering + offset) for sequence in self.running
+    def observed_rows(self, offset: int) -> list[bool]:
+        """True for each row whose query of the token after `offset` more is asked about at its next eviction."""
+        return [
+            self.observes and sequence is not None and self.policy.observes(sequence.entering + offset)
+            for sequence in self.running
         ]
-        return torch.tensor(observed, device=self.policy.device) if any(observed) else None
 
     def finish_stopped(self) -> None:
         """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""
-        stops = self.buffers.stopped_at.tolist() if self.stop_token_ids else [-1] * len(self.running)
-        seen = []
-        for row, (sequence, stop) in enumerate(zip(self.running, stops, strict=True)):
-            if sequence is not None:
-                drawn = (sequence.entering if stop < 0 else stop) + 1
-                ended = stop >= 0 or drawn == sequence.max_new_tokens
-                if ended or self.on_tokens is not None:
-                    seen.append(SeenRow(row, sequence, drawn, ended))
+        seen = look(self.buffers, self.running, stop_token_ids=self.stop_token_ids)
         if self.on_tokens is not None:
             for tokens in new_tokens(self.buffers, seen):
                 self.on_tokens(tokens)

@@ -49,8 +49,9 @@ class GradientSum:
         """Adds gradients in the order of the parameters; None stands for zero."""
         for index, gradient in enumerate(gradients):
             if gradient is not None:
+                # In place, into tensors of our own: sums that move at every stretch leave holes in host memory.
                 before = self.sums[index]
-                self.sums[index] = gradient if before is None else before + gradient
+                self.sums[index] = gradient.clone() if before is None else before.add_(gradient)
 
     def for_each(self, parameters: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The sums for a list that may hold untrained parameters as well."""

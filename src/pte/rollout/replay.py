@@ -87,7 +87,9 @@ class Replay(nn.Module):
             )
         order = batch.completion_lengths.argsort(descending=True, stable=True)
         back = order.argsort()
-        ordered, walked = batch.take(order), WalkedScores(back)
+        # Completions that come sorted, as those of one length do, are not copied.
+        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+        ordered, walked = batch if in_order else batch.take(order), WalkedScores(back)
         if recorded is not None:
             blank = blank_scores(self.policy, ordered)
             recorded = torch.where(ordered.completion_mask, recorded[order].to(blank), blank)

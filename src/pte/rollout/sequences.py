@@ -1,7 +1,8 @@
 """The host's account of the sequences that run, and what it reads back of them when it looks.
 
-Decides: how tokens drawn since the last look, and whole rollouts, leave the device: one transfer for all rows. Does not
-know: when to look, what anybody does with the tokens.
+Decides: how tokens drawn since the last look, and whole rollouts, leave the device: one transfer for all rows; and that
+a stop token is noticed here, where tokens are plain integers, and costs a step nothing. Does not know: when to look,
+what anybody does with the tokens.
 
 Paper: Section 3, rollouts from pi^D.
 """
@@ -35,6 +36,7 @@ class RunningSequence:
         temperature: Of its distribution.
         entering: Reasoning index of the token that enters next, if it still runs.
         evicted: Reasoning indices that left at each eviction, where they are recorded.
+        looked_at_tokens: Completion tokens that the host has looked at, whether one of them ends the completion.
         reported_tokens: Completion tokens that have been handed on as they came.
     """
 
@@ -44,6 +46,7 @@ class RunningSequence:
     temperature: float
     entering: int = 0
     evicted: list[Tensor] = field(default_factory=list)
+    looked_at_tokens: int = 0
     reported_tokens: int = 0
 
 
@@ -81,6 +84,32 @@ class NewTokens:
     logprobs: tuple[float, ...]
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
+
+
+def look(
+    buffers: DecodeBuffers, running: Sequence[RunningSequence | None], *, stop_token_ids: Collection[int]
+) -> list[SeenRow]:
+    """How far every running sequence has come.
+
+    Equals: the first stop token of each whole completion, looked for in all that was drawn since the last look.
+
+    Args:
+        buffers: What was drawn.
+        running: The sequence in each row, or None.
+        stop_token_ids: Tokens that end a completion; without any, nothing is copied from the device.
+    """
+    unseen = max((one.entering + 1 - one.looked_at_tokens for one in running if one is not None), default=0)
+    newest = buffers.newest_tokens(unseen) if stop_token_ids and unseen else [[]] * len(running)
+    seen = []
+    for row, (sequence, tokens) in enumerate(zip(running, newest, strict=True)):
+        if sequence is not None:
+            sequence.looked_at_tokens = drawn = sequence.entering + 1
+            # What is seen a second time stopped nothing the first time.
+            places = enumerate(tokens, start=drawn - len(tokens))
+            stop = next((place for place, token in places if token in stop_token_ids), None)
+            ended = stop is not None or drawn == sequence.max_new_tokens
+            seen.append(SeenRow(row, sequence, drawn if stop is None else stop + 1, ended))
+    return seen
 
 
 def new_tokens(buffers: DecodeBuffers, seen: Sequence[SeenRow]) -> list[NewTokens]:

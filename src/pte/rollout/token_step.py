@@ -23,7 +23,7 @@ from pte.rollout.sampling import token_logprobs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
     from pte.method.adapter import AdapterWeights
@@ -43,7 +43,6 @@ class TokenStep:
         forward: `decode_forward(policy, ...)`.
         temperature: As the engine's; unused where the buffers hold one of each row.
         state_control: As the engine's.
-        observes: Sum the attention that the eviction policy asks for.
     """
 
     def __init__(
@@ -54,62 +53,64 @@ class TokenStep:
         forward: DecodeStep | FusedDecodeStep,
         temperature: float,
         state_control: StateControl,
-        observes: bool,
     ) -> None:
         self.policy = policy
         self.buffers = buffers
         self.forward = forward
         self.temperature = temperature
         self.state_control: StateControl = state_control
-        self.observes = observes
-        # Sums of observed attention are tensors of their own at every step: nothing to replay.
-        self.captures = policy.device.type == "cuda" and not observes
-        self.replayed: Callable[[], None] | None = None
-        self.warm = False
+        self.captures = policy.device.type == "cuda"
+        # By whether attention is observed.
+        self.warm: set[bool] = set()
+        self.replayed: dict[bool, Callable[[], None]] = {}
+        self.observed_rows = [False] * buffers.rows
+        self.observed = torch.zeros(buffers.rows, dtype=torch.bool, device=policy.device)
 
     def claim(self) -> None:
         """Makes the base's spare rows hold this adapter, where engines of several adapters take turns on one base."""
         if not isinstance(self.forward, DecodeStep):
             self.forward.claim()
 
-    def __call__(self, *, longest: int, observed: Bool[Tensor, " rows"] | None) -> None:
+    def __call__(self, *, longest: int, observed_rows: list[bool]) -> None:
         """One token.
 
         Args:
             longest: Reasoning tokens that have entered in the longest running sequence.
-            observed: Rows whose attention counts; None for none.
+            observed_rows: True for each row whose attention counts.
         """
-        cache = self.buffers.cache
+        cache, observes = self.buffers.cache, any(observed_rows)
         total = cache.positions.shape[1]
+        if observed_rows != self.observed_rows:
+            self.observed.copy_(torch.tensor(observed_rows))
+            self.observed_rows = observed_rows
         if not self.captures:
-            self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total), observed=observed)
+            self.advance(attended_slots=min(cache.prompt_slots + longest + 1, total), observes=observes)
             return
         # Kernels are launched and graphs captured on the current device, whatever device their tensors lie on.
         with torch.cuda.device(self.policy.device):
-            if self.replayed is not None:
-                self.replayed()
-            elif not self.warm:
+            if observes not in self.warm:
                 # The first step runs as it is: libraries set themselves up, kernels are compiled.
-                self.advance(attended_slots=total)
-                self.warm = True
-            else:
-                self.replayed = self.captured(total)
-                self.replayed()
+                self.advance(attended_slots=total, observes=observes)
+                self.warm.add(observes)
+                return
+            if observes not in self.replayed:
+                self.replayed[observes] = self.captured(total, observes=observes)
+            self.replayed[observes]()
 
-    def captured(self, attended_slots: int) -> Callable[[], None]:
+    def captured(self, attended_slots: int, *, observes: bool) -> Callable[[], None]:
         """The step as a CUDA graph; capturing runs nothing."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.policy.device)
         with torch.cuda.graph(graph):
-            self.advance(attended_slots=attended_slots)
+            self.advance(attended_slots=attended_slots, observes=observes)
         return graph.replay
 
-    def advance(self, *, attended_slots: int, observed: Bool[Tensor, " rows"] | None = None) -> None:
+    def advance(self, *, attended_slots: int, observes: bool) -> None:
         """The work itself; every tensor that outlives it is written in place.
 
         Args:
             attended_slots: Slots looked at; all beyond are empty in every row.
-            observed: As in a call.
+            observes: Sum the attention that the eviction policy asks for, in the rows of `observed`.
         """
         policy, buffers, cache = self.policy, self.buffers, self.buffers.cache
         positions = cache.prompt_lengths + buffers.entered
@@ -117,23 +118,23 @@ class TokenStep:
         states = controlled(buffers.reads, self.state_control)
         if isinstance(self.forward, DecodeStep):
             counts_low = policy.eviction.needs.below_average
-            observer = None if observed is None else AttentionObserver(below_average=counts_low)
+            observer = AttentionObserver(below_average=counts_low) if observes else None
             attention = DecodeAttention(
                 cache, places, attended_slots=attended_slots, dtype=policy.dtype, observer=observer
             )
             hidden = self.forward(buffers.current, positions=positions, attention=attention, states=states)
-            if observer is not None and observed is not None:
-                self.note(observer, observed)
+            if observer is not None:
+                self.note(observer)
         else:
             hidden = self.forward(buffers.current, positions=positions, cache=cache, slots=places, states=states)
         temperature = self.temperature if buffers.temperatures is None else buffers.temperatures
         logprobs = token_logprobs(policy.base.get_output_embeddings()(hidden), temperature)
         buffers.record(logprobs, greedy=temperature == 0)
 
-    def note(self, observer: AttentionObserver, observed: Bool[Tensor, " rows"]) -> None:
+    def note(self, observer: AttentionObserver) -> None:
         """Adds what the window's tokens received from the queries that the eviction policy asks about."""
         cache = self.buffers.cache
-        received = torch.where(observed[:, None], observer.take()[:, cache.prompt_slots :], 0)
+        received = torch.where(self.observed[:, None], observer.take()[:, cache.prompt_slots :], 0)
         missing = cache.free_slots.shape[1] - received.shape[1]
         cache.add_attention(functional.pad(received, (0, missing)))
 
@@ -159,9 +160,8 @@ def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
     if policy.device.type != "cuda":
         return "eager"
-    graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
     reason = fused_refusal(policy)
-    return f"fused kernels{graph}" if reason is None else f"eager{graph} ({reason})"
+    return "fused kernels, CUDA graph" if reason is None else f"eager, CUDA graph ({reason})"
 
 
 def controlled(
