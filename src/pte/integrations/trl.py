@@ -197,9 +197,7 @@ class PTEGRPOTrainer(GRPOTrainer):
         assert self.record is not None, "TRL scores completions outside of its batches now"
         policy = self.scored_policy(model)
         replay = Replay(policy)
-        batch = replay_batch(
-            input_ids, attention_mask[:, :-logits_to_keep], self.record, temperature=self.temperature
-        )
+        batch = replay_batch(input_ids, attention_mask[:, :-logits_to_keep], self.record, temperature=self.temperature)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         outputs = [replay(batch.take(part)) for part in rows.split(batch_size or len(rows))]
         padding = (0, logits_to_keep - batch.completion_ids.shape[1])
