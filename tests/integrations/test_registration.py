@@ -87,7 +87,8 @@ print("PTE" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
 
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
-    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    section = text.partition("\n## PEFT\n")[2].partition("\n## ")[0]
+    (example,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     assert "src/pte/tasks/embedded" in example
     code = example.replace("src/pte/tasks/embedded", str(embedded_model_dir()))
     total = run(

@@ -8,7 +8,10 @@ import re
 import pytest
 import torch
 import trl
+from accelerate import DistributedType
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
 
@@ -68,74 +71,26 @@ CALLS = {
     ),
 }
 # GRPOConfig's own arguments that are TRL's alone: they choose data, rewards, losses, logging, or belong to vLLM.
-LEFT_TO_TRL = [
-    "learning_rate",
-    "model_init_kwargs",
-    "trust_remote_code",
-    "router_aux_loss_coef",
-    "disable_dropout",
-    "remove_unused_columns",
-    "num_generations",
-    "num_generations_eval",
-    "max_completion_length",
-    "ds3_gather_for_generation",
-    "shuffle_dataset",
-    "pad_to_multiple_of",
-    "generation_batch_size",
-    "steps_per_generation",
-    "temperature",
-    "chat_template_kwargs",
-    "beta",
-    "num_iterations",
-    "epsilon",
-    "delta",
-    "epsilon_high",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-    "importance_sampling_level",
-    "reward_weights",
-    "multi_objective_aggregation",
-    "scale_rewards",
-    "loss_type",
-    "mask_truncated_completions",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "top_entropy_quantile",
-    "entropy_coef_min",
-    "entropy_coef_max",
-    "entropy_coef_delta",
-    "entropy_target",
-    "max_tool_calling_iterations",
-    "off_policy_mask_threshold",
-    "use_bias_correction_kl",
-    "log_completions",
-    "log_multimodal",
-    "num_completions_to_print",
-    "log_unique_prompts",
-    "log_completions_hub_repo",
-    "transformers_continuous_batching_config",
-    "vllm_mode",
-    "vllm_model_impl",
-    "vllm_enable_sleep_mode",
-    "vllm_structured_outputs_regex",
-    "vllm_server_base_url",
-    "vllm_server_host",
-    "vllm_server_port",
-    "vllm_server_timeout",
-    "vllm_group_port",
-    "vllm_gpu_memory_utilization",
-    "vllm_max_model_length",
-    "vllm_tensor_parallel_size",
-    "vllm_importance_sampling_correction",
-    "vllm_importance_sampling_mode",
-    "vllm_importance_sampling_clip_max",
-    "vllm_importance_sampling_clip_min",
-    "vllm_importance_sampling_cap",
-]
+LEFT_TO_TRL = {
+    name
+    for line in (
+        "learning_rate model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout remove_unused_columns",
+        "num_generations num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset",
+        "pad_to_multiple_of generation_batch_size steps_per_generation temperature chat_template_kwargs beta",
+        "num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos",
+        "vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights loss_type",
+        "multi_objective_aggregation scale_rewards mask_truncated_completions ref_model_mixup_alpha",
+        "ref_model_sync_steps top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta",
+        "entropy_target max_tool_calling_iterations off_policy_mask_threshold use_bias_correction_kl",
+        "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo",
+        "transformers_continuous_batching_config vllm_mode vllm_model_impl vllm_enable_sleep_mode",
+        "vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout",
+        "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size",
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_min vllm_importance_sampling_cap",
+    )
+    for name in line.split()
+}
 
 
 def test_the_version_is_one_that_was_tried() -> None:
@@ -174,9 +129,9 @@ def test_the_constructor_takes_what_trl_s_takes() -> None:
 
 def test_every_argument_of_trl_is_left_to_it_or_refused() -> None:
     own = set(GRPOConfig.__annotations__)
-    new, gone = own - set(LEFT_TO_TRL) - set(REFUSED), set(LEFT_TO_TRL) - own
+    new, gone = own - LEFT_TO_TRL - set(REFUSED), LEFT_TO_TRL - own
     assert not new, f"GRPOConfig has {sorted(new)} now: refuse what the bounded policy cannot do, list the others here"
-    assert not gone and not set(LEFT_TO_TRL) & set(REFUSED), f"GRPOConfig lost {sorted(gone)}"
+    assert not gone and not LEFT_TO_TRL & set(REFUSED), f"GRPOConfig lost {sorted(gone)}"
 
 
 def test_what_is_refused_is_not_what_trl_does_by_itself() -> None:
@@ -244,10 +199,19 @@ def test_a_temperature_that_gives_no_group_is_refused(temperature: float, match:
     refused(match, args=GRPOConfig("out", use_cpu=True, bf16=False, temperature=temperature))
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_without_an_end_are_refused() -> None:
+    refused("max_completion_length must be a number", args=GRPOConfig("out", use_cpu=True, max_completion_length=None))
+
+
+def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     args = GRPOConfig("out", use_cpu=True, bf16=False)
-    monkeypatch.setattr(type(args), "world_size", 2)
-    refused("runs in one process, got 2", args=args)
+    monkeypatch.setattr(args.distributed_state, "distributed_type", DistributedType.MULTI_GPU)
+    refused("runs in one process without a launcher, got MULTI_GPU with 1", args=args)
+
+
+def test_images_are_refused() -> None:
+    refused("must be text, got column 'image'", train_dataset=Dataset.from_list([{"prompt": "a", "image": 1}]))
+    refused("must be text, got ProcessorMixin", processing_class=ProcessorMixin())
 
 
 @pytest.mark.parametrize("name", ["quantization_config", "tools", "rollout_func", "environment_factory"])

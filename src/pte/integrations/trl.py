@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pte.integrations.peft import policy_of
 from pte.integrations.trl_batch import ReplayRecord, replay_batch
-from pte.integrations.trl_checks import check_adapter, check_arguments, check_base, check_left_out
+from pte.integrations.trl_checks import check_adapter, check_arguments, check_base, check_left_out, check_text
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import MAX_GAP
 from pte.method.schedule import EvictionSchedule
@@ -99,6 +100,7 @@ class PTEGRPOTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        check_text(train_dataset, processing_class)
         if max_logprob_gap is not None and not max_logprob_gap > 0:
             raise ValueError(f"max_logprob_gap must be above 0 nats, got {max_logprob_gap}; leave it out")
         super().__init__(
@@ -114,12 +116,13 @@ class PTEGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.policy = policy_of(self.accelerator.unwrap_model(self.model))
-        check_base(self.policy.base, self.policy.adapter, bf16=args.bf16)
+        check_base(self.policy.base, self.policy.adapter, bf16=bool(args.bf16))
         self.max_logprob_gap = max_logprob_gap or MAX_GAP[self.policy.dtype]
+        assert args.steps_per_generation is not None and args.max_completion_length is not None
         self.engine = RolloutEngine(
             self.policy,
             slots=args.per_device_train_batch_size * args.steps_per_generation if slots is None else slots,
-            max_new_tokens=self.max_completion_length,
+            max_new_tokens=args.max_completion_length,
             temperature=self.temperature,
             stop_token_ids=self.eos_token_ids,
         )
@@ -243,6 +246,7 @@ class PTEGRPOTrainer(GRPOTrainer):
 
     def note(self, name: str, value: float) -> None:
         """Adds a value to TRL's metrics, which it averages over its logging steps."""
+        assert self.model is not None
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
@@ -257,10 +261,12 @@ def loading_arguments(model: str | PreTrainedModel | PeftModel, args: GRPOConfig
         args: As the script gives them, left as they are; None for TRL's defaults.
     """
     if args is None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        args = GRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
+        name = model if isinstance(model, str) else str(model.config.name_or_path)
+        args = GRPOConfig(f"{Path(name).name}-GRPO")
     if not isinstance(model, str) or not args.bf16:
         return args
     args = copy.copy(args)
-    args.model_init_kwargs = {"dtype": "bfloat16", **(args.model_init_kwargs or {})}
+    given = args.model_init_kwargs or {}
+    assert not isinstance(given, str), "TRL parses what a command line gave it"
+    args.model_init_kwargs = {"dtype": "bfloat16", **given}
     return args

@@ -12,7 +12,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
+from transformers import ProcessorMixin
 
 from pte.integrations.peft_config import PTEConfig
 from pte.integrations.peft_tuner import PTEModel
@@ -20,8 +22,9 @@ from pte.peft_folder import PEFT_TYPE
 from pte.rollout.sampling import check_temperature
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from peft import PeftConfig
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
 
     from pte.method.adapter import ThoughtAdapter
@@ -83,8 +86,8 @@ def check_arguments(args: GRPOConfig) -> None:
     """Refuses what the bounded policy cannot do.
 
     Raises:
-        ValueError: An argument of `REFUSED` has another value, nothing can be drawn at the temperature, or there is
-            more than one process.
+        ValueError: An argument of `REFUSED` has another value, nothing can be drawn at the temperature, completions
+            have no end, or a launcher or DeepSpeed is at work.
     """
     for name, (allowed, rule, remedy) in REFUSED.items():
         value = getattr(args, name)
@@ -95,10 +98,14 @@ def check_arguments(args: GRPOConfig) -> None:
             "temperature must be above 0: a group of equal completions has no advantages, got 0; use for example 1.0"
         )
     check_temperature(args.temperature)
-    if args.world_size > 1:
+    if args.max_completion_length is None:
+        raise ValueError("max_completion_length must be a number of tokens, got None; use for example 1024")
+    launched = args.distributed_state.distributed_type
+    if launched != DistributedType.NO or args.deepspeed_plugin is not None:
         raise ValueError(
-            f"PTEGRPOTrainer runs in one process, got {args.world_size}: the replay's gradients are not averaged over "
-            f"processes here; start the script without a launcher, with one GPU visible"
+            f"PTEGRPOTrainer runs in one process without a launcher, got {launched.value} with {args.world_size}: the "
+            f"replay is not the forward that wrappers average and gather for; start the script with python, with one "
+            f"GPU visible"
         )
 
 
@@ -154,6 +161,20 @@ def check_left_out(**given: object) -> None:
                 f"{name} must be left out of PTEGRPOTrainer, got {value!r}: one completion to one prompt of text by "
                 f"an unquantised base is what it samples and replays; use TRL's GRPOTrainer for it"
             )
+
+
+def check_text(
+    train_dataset: Dataset | IterableDataset | None, processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+) -> None:
+    """Refuses prompts that are more than text.
+
+    Raises:
+        ValueError: The data have images, or what processes them does.
+    """
+    columns = set(getattr(train_dataset, "column_names", None) or ()) & {"image", "images"}
+    if columns or isinstance(processing_class, ProcessorMixin):
+        given = f"column {columns.pop()!r}" if columns else type(processing_class).__name__
+        raise ValueError(f"prompts must be text, got {given}; leave images out, or use TRL's GRPOTrainer for them")
 
 
 def check_base(base: PreTrainedModel, adapter: ThoughtAdapter | None, *, bf16: bool) -> None:
