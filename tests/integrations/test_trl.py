@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
@@ -183,19 +185,42 @@ def test_the_reasoner_trains_through_trl_with_kl_iterations_and_checkpointing(
     assert logged(trainer, "rollout/cache_bytes") == [slots] * 2
 
 
-def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(tmp_path: Path) -> None:
+def given_model() -> PeftModel:
+    """The reasoner with an adapter that has been trained, so to speak."""
+    model = get_peft_model(embedded_base(), PTEConfig(**BUDGET))
+    shake(thought_adapter(model), seed=0)
+    for name, parameter in thought_adapter(model).named_parameters():
+        if name.endswith(".up"):
+            parameter.data *= 0.1
+    return model
+
+
+@pytest.mark.parametrize("make", [embedded_base, given_model])
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_stopped(
+    tmp_path: Path, make: Callable[[], PreTrainedModel | PeftModel]
+) -> None:
     saving = {"num_iterations": 1, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer_of(tmp_path, **saving)
+    torch.manual_seed(1)
+    whole = trainer_of(tmp_path, model=make(), **saving)
     whole.train()
     saved = load_any_adapter(tmp_path / "checkpoint-2")[0]
-    base_tensors = [path.name for path in (tmp_path / "checkpoint-2").glob("*.safetensors")]
-    assert base_tensors == ["adapter_model.safetensors"]
+    files = [path.name for path in (tmp_path / "checkpoint-2").glob("*.safetensors")]
+    assert files == ["adapter_model.safetensors"], "the base is not saved"
     assert all(not torch.equal(tensor, saved[name]) for name, tensor in snapshot(thought_adapter(whole.model)).items())
-    resumed = trainer_of(tmp_path, **saving)
+    torch.manual_seed(1)
+    resumed = trainer_of(tmp_path, model=make(), **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    mine, theirs = snapshot(thought_adapter(resumed.model)), snapshot(thought_adapter(whole.model))
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    assert logged(resumed, "reward") == logged(whole, "reward") and len(logged(whole, "reward")) == 2
+    for name, tensor in snapshot(whole.model.base_model.pte_adapters).items():
+        assert torch.equal(resumed.model.base_model.pte_adapters.state_dict()[name], tensor), name
+    assert logged(resumed, "kl") == logged(whole, "kl") and len(logged(whole, "kl")) == 4
+
+
+def test_several_iterations_lower_the_loss_of_their_batch(tmp_path: Path) -> None:
+    one_batch = {"per_device_train_batch_size": 8, "steps_per_generation": 1, "num_iterations": 4, "beta": 0.0}
+    trainer = trainer_of(tmp_path, temperature=1.3, lr_scheduler_type="constant", learning_rate=3e-3, **one_batch)
+    trainer.train()
+    first, *_, last = logged(trainer, "loss")
+    assert len(logged(trainer, "reward")) == 1 and last < first - 1e-3
 
 
 def test_what_is_saved_is_a_peft_folder_with_its_budget(tmp_path: Path) -> None:
@@ -214,11 +239,7 @@ def test_what_is_saved_is_a_peft_folder_with_its_budget(tmp_path: Path) -> None:
 
 
 def test_a_given_adapter_has_its_own_copy_as_reference(tmp_path: Path) -> None:
-    model = get_peft_model(embedded_base(), PTEConfig(**BUDGET))
-    shake(thought_adapter(model), seed=0)
-    for name, parameter in thought_adapter(model).named_parameters():
-        if name.endswith(".up"):
-            parameter.data *= 0.1
+    model = given_model()
     trainer = trainer_of(tmp_path, model=model, max_steps=2, num_iterations=1)
     before = snapshot(thought_adapter(model))
     trainer.train()

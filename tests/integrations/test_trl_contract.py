@@ -17,7 +17,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adap
 
 from peft_models import peft_model
 from pte.integrations.peft import PTEConfig
-from pte.integrations.trl import PTEGRPOTrainer
+from pte.integrations.trl import PTEGRPOTrainer, loading_arguments
 from pte.integrations.trl_batch import PREFIX, ReplayRecord, replay_batch
 from pte.integrations.trl_checks import REFUSED, TRL_VERSIONS, check_base, check_trl_version
 from pte.rollout.record import collate_rollouts
@@ -127,6 +127,19 @@ def test_the_constructor_takes_what_trl_s_takes() -> None:
     assert ours == theirs, f"GRPOTrainer takes {theirs} now: pass them on, or refuse them by name"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [*("policy", "engine", "record", "sampling_logprobs", "max_logprob_gap"), *("scored_policy", "check_gap", "note")],
+)
+def test_what_is_ours_on_the_trainer_is_not_theirs(name: str) -> None:
+    assert hasattr(PTEGRPOTrainer, name) or f"self.{name}" in inspect.getsource(PTEGRPOTrainer)
+    for owner in GRPOTrainer.__mro__[:-1]:
+        source = inspect.getsource(owner)
+        assert not hasattr(owner, name) and not re.search(rf"self\.{name}\b", source), (
+            f"{owner.__name__} has a {name} of its own now: rename ours"
+        )
+
+
 def test_every_argument_of_trl_is_left_to_it_or_refused() -> None:
     own = set(GRPOConfig.__annotations__)
     new, gone = own - LEFT_TO_TRL - set(REFUSED), LEFT_TO_TRL - own
@@ -230,6 +243,16 @@ def test_a_model_without_a_thought_adapter_is_refused_with_the_remedy() -> None:
     named = get_peft_model(tiny_base(), PTEConfig(r=2, global_tokens=1), adapter_name="mine")
     args = GRPOConfig("out", use_cpu=True, bf16=False, beta=0.1)
     refused("must be named 'default', .*, got 'mine'", model=named, peft_config=None, args=args)
+
+
+def test_a_name_gets_the_dtype_that_bf16_asks_for_and_the_script_s_arguments_stay_as_they_are() -> None:
+    args = GRPOConfig("out", use_cpu=True)
+    assert loading_arguments("some/base", args).model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.model_init_kwargs is None and loading_arguments(tiny_base(), args) is args
+    args.model_init_kwargs = {"dtype": "float32", "revision": "main"}
+    assert loading_arguments("some/base", args).model_init_kwargs == args.model_init_kwargs
+    args.bf16 = False
+    assert loading_arguments("some/base", args) is args
 
 
 def test_a_gap_that_nothing_can_keep_is_refused() -> None:
