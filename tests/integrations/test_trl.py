@@ -96,6 +96,13 @@ def test_a_step_has_the_loss_and_the_gradient_of_our_own(
     assert torch.equal(padded.completion_ids, batch["completion_ids"] * padded.completion_mask)
     finished = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
     assert finished.any() and not finished.all()
+    # Those that TRL leaves out of its loss are replayed as well, for the gap.
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    trainer.record = ReplayRecord.of_columns(batch)
+    with torch.no_grad():
+        scored, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 20, batch_size=3)
+        torch.testing.assert_close(scored, Replay(policy)(padded).policy_logprobs, rtol=0, atol=1e-9)
     mask = padded.completion_mask & (finished[:, None] | (not masked))
     reference = Replay(policy.without_adapter().with_cache(EvictionSchedule(None)))
     expected = policy_loss(
