@@ -144,8 +144,8 @@ class ServeArguments:
     """Likeliest tokens a request may ask for beside each token; 0 records none and saves their cost."""
     api_key: str | None = None
     """What clients must send as their key; unset for the environment's PTE_API_KEY, or none."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base's weights, keys and values."""
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] = "float32"
+    """Of the base's weights, keys and values; `float8`: linear maps and cache in it, all else in bfloat16."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` or `mps`."""
     trust_remote_code: bool = False

@@ -126,7 +126,7 @@ def build_grpo(session: Session, config: ExperimentConfig) -> GrpoStage:
         micro_batch_size=train.micro_batch_size,
         dynamic_sampling=train.dynamic_sampling,
         max_resample_rounds=train.max_resample_rounds,
-        max_logprob_gap=train.max_logprob_gap or MAX_GAP[policy.dtype],
+        max_logprob_gap=train.max_logprob_gap or MAX_GAP[policy.cache_dtype],
         seed=config.run.seed,
         log_completions=train.log_completions,
     )

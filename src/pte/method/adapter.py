@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pte.method.float8 import Float8Linear
 from pte.method.thought import KeySpace, ThoughtEncoder, UpdateRule
 from pte.timing import timed
 
@@ -144,7 +145,9 @@ class ThoughtLinear(nn.Module):
     Paper: theta' = theta + DeltaW, DeltaW = A S_e B.
     """
 
-    def __init__(self, base: nn.Linear, *, layer: int, group: int, member: int, binding: Binding) -> None:
+    def __init__(
+        self, base: nn.Linear | Float8Linear, *, layer: int, group: int, member: int, binding: Binding
+    ) -> None:
         super().__init__()
         self.base = base
         self.layer = layer

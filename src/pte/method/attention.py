@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from pte.method.float8 import rounded_to_float8
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -99,8 +101,7 @@ class DecodeAttention:
         observer: AttentionObserver | None = None,
     ) -> None:
         self.cache = cache
-        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
-        self.slots = slots[:, None, None, None].expand(-1, kv_heads, 1, head_dim)
+        self.slots = slots
         self.attended_slots = attended_slots
         self.observer = observer
         self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
@@ -115,19 +116,12 @@ class DecodeAttention:
         scaling: float,
     ) -> Float[Tensor, "batch 1 heads head_dim"]:
         """Attention output of the new tokens in one layer."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.scatter_(2, self.slots, key)
-        values.scatter_(2, self.slots, value)
-        attended_keys = keys[:, :, : self.attended_slots]
+        self.cache.write_tokens(layer, self.slots, key=key, value=value)
+        where = (layer, slice(None), slice(None), slice(self.attended_slots))
+        keys, values = (self.cache.wide(store, where) for store in self.cache.stores())
         if self.observer is not None:
-            self.observer.observe(query, attended_keys, mask=self.mask, scaling=scaling)
-        return grouped_attention(
-            query,
-            attended_keys,
-            values[:, :, : self.attended_slots],
-            mask=self.mask,
-            scaling=scaling,
-        )
+            self.observer.observe(query, keys, mask=self.mask, scaling=scaling)
+        return grouped_attention(query, keys, values, mask=self.mask, scaling=scaling)
 
 
 class StretchAttention:
@@ -140,6 +134,7 @@ class StretchAttention:
             attention over the stretch alone, where nothing is cached.
         segments: Segments per sequence; row b * segments + s is segment s of sequence b.
         observer: Sums what slots and tokens receive, or None.
+        float8: The cache stores float8, so that every token, the newest too, is attended to as float8 keeps it.
 
     `new_keys` and `new_values` hold, per layer, what the stretch adds; a layer that is computed again in a backward
     pass leaves them as they are.
@@ -153,6 +148,7 @@ class StretchAttention:
         mask: Float[Tensor, "batch 1 tokens keys"] | None,
         segments: int,
         observer: AttentionObserver | None = None,
+        float8: bool = False,
     ) -> None:
         assert keys is None or mask is not None, "cached slots need a mask"
         self.observer = observer
@@ -160,6 +156,7 @@ class StretchAttention:
         self.values = values
         self.mask = mask
         self.segments = segments
+        self.float8 = float8
         self.new_keys: dict[int, Tensor] = {}
         self.new_values: dict[int, Tensor] = {}
 
@@ -175,6 +172,8 @@ class StretchAttention:
         """Attention output of the stretch's tokens in one layer."""
         rows, heads, segment_tokens, head_dim = query.shape
         query, key, value = (self.join_segments(x) for x in (query, key, value))
+        if self.float8:
+            key, value = rounded_to_float8(key), rounded_to_float8(value)
         self.new_keys.setdefault(layer, key)
         self.new_values.setdefault(layer, value)
         if self.keys is not None and self.values is not None:

@@ -158,7 +158,7 @@ def decode_forward(
 def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
     if policy.device.type != "cuda":
-        return "eager"
+        return f"eager, float8 emulated on {policy.device.type}" if policy.float8 else "eager"
     graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
     reason = fused_refusal(policy)
     return f"fused kernels{graph}" if reason is None else f"eager{graph} ({reason})"
