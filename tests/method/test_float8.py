@@ -96,6 +96,7 @@ def test_a_product_equals_that_of_the_wide_numbers() -> None:
     torch.testing.assert_close(float8_product(left, right, dtype=torch.float64), expected, rtol=0, atol=0)
 
 
-def test_not_a_number_stays_not_a_number() -> None:
-    for bad in (float("nan"), float("inf")):
-        assert rounded_to_float8(torch.tensor([1.0, bad])).isnan().any()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_overflows_is_not_a_number_in_its_vector_and_nowhere_else(bad: float) -> None:
+    kept = rounded_to_float8(torch.tensor([[1.0, bad], [1.0, 2.0]]))
+    assert kept[0].isnan().all() and torch.equal(kept[1], torch.tensor([1.0, 2.0]))

@@ -56,10 +56,12 @@ def to_float8(x: Float[Tensor, "*vectors numbers"]) -> Float8Vectors:
     Equals: scale = 2^e with the smallest e >= -117 for which max |x| <= 448 x 2^e, codes = e4m3(x / scale).
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    mantissa, exponent = torch.frexp(wide.abs().amax(-1))
-    # 448 is 0.875 x 2^9, and a mantissa is below 1.
-    exponent = (exponent - 9 + (mantissa > 0.875).int()).clamp(min=SMALLEST_EXPONENT)
-    # Put together from its bits, because a device may round what it computes as a power.
+    # Taken apart and put together as bits, because a device may round what it computes as a power or a logarithm.
+    bits = wide.abs().amax(-1).float().view(torch.int32)
+    # 448 is 1.75 x 2^8, and the mantissa of 1.75 is 0x600000.
+    exponent = ((bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).int()).clamp(min=SMALLEST_EXPONENT)
+    # An infinite scale makes the whole vector not a number; a conversion to codes may hide what is too large for them.
+    exponent = torch.where(bits < 0x7F800000, exponent, 128)
     scales = ((exponent + 127) << 23).view(torch.float32)
     return Float8Vectors((wide / scales[..., None]).to(FLOAT8), scales)
 

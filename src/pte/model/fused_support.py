@@ -36,8 +36,6 @@ def unsupported(policy: BoundedPolicy) -> str | None:
     eviction = policy.eviction
     if (missing := why_no_kernels(policy.device)) is not None:
         return missing
-    if policy.float8:
-        return "the fused decode step multiplies with plain weights, got float8 ones; use DecodeStep"
     if policy.dtype not in DTYPES:
         return f"the fused decode step computes in bfloat16, float16 or float32, got {policy.dtype}; use DecodeStep"
     if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":

@@ -160,6 +160,7 @@ def decode_path(policy: BoundedPolicy) -> str:
     if policy.device.type != "cuda":
         return f"eager, float8 emulated on {policy.device.type}" if policy.float8 else "eager"
     graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
+    graph = f"{graph}, float8" if policy.float8 else graph
     reason = fused_refusal(policy)
     return f"fused kernels{graph}" if reason is None else f"eager{graph} ({reason})"
 
