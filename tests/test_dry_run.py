@@ -78,8 +78,9 @@ def test_the_report_gives_peaks_the_formula_of_the_cache_and_what_to_lower() -> 
 def test_float8_names_what_computes_it_and_halves_the_cache_but_for_its_scales() -> None:
     report = dry_run(short_config(model__dtype="float8"))
     assert re.search(r"rollout: \d+\.\d s \(eager, float8 emulated on cpu\), cache", report)
-    # 8 sequences x (23 + 16) tokens x 3 layers x keys and values of 2 heads, 32 bytes in all and 2 for each scale.
-    expected = 8 * (23 + 16) * 3 * 2 * (32 + 2 * 2) / 2**20
+    # 8 sequences x (23 + 16) tokens x 3 layers x keys and values of 2 heads, 32 bytes each and 2 for its scale.
+    expected = 8 * (23 + 16) * 3 * 2 * 2 * (32 + 2) / 2**20
+    assert f"{expected:.1f}" != f"{2 * expected:.1f}", "bfloat16 would be seen"
     assert f"the cache is 8 x (prompt + 16 kept tokens) = {expected:.1f} MiB" in report
     assert f"cache {expected:.1f} MiB, process" in report
 

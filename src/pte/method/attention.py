@@ -101,7 +101,8 @@ class DecodeAttention:
         observer: AttentionObserver | None = None,
     ) -> None:
         self.cache = cache
-        self.slots = slots
+        kv_heads, head_dim = cache.keys.shape[2], cache.keys.shape[4]
+        self.slots = slots[:, None, None, None].expand(-1, kv_heads, 1, head_dim)
         self.attended_slots = attended_slots
         self.observer = observer
         self.mask = additive(cache.positions[:, :attended_slots] >= 0, dtype)[:, None, None]
@@ -116,9 +117,9 @@ class DecodeAttention:
         scaling: float,
     ) -> Float[Tensor, "batch 1 heads head_dim"]:
         """Attention output of the new tokens in one layer."""
-        self.cache.write_tokens(layer, self.slots, key=key, value=value)
-        where = (layer, slice(None), slice(None), slice(self.attended_slots))
-        keys, values = (self.cache.wide(store, where) for store in self.cache.stores())
+        keys, values = self.cache.put_tokens(
+            layer, self.slots, key=key, value=value, attended_slots=self.attended_slots
+        )
         if self.observer is not None:
             self.observer.observe(query, keys, mask=self.mask, scaling=scaling)
         return grouped_attention(query, keys, values, mask=self.mask, scaling=scaling)

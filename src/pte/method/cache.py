@@ -249,31 +249,41 @@ class BoundedCache:
         stored, scales = store
         return stored[where] if scales is None else Float8Vectors(stored[where], scales[where]).wide(self.dtype)
 
-    def write_tokens(
+    def put_tokens(
         self,
         layer: int,
-        slots: Int[Tensor, " batch"],
+        slots: Int[Tensor, "batch kv_heads 1 head_dim"],
         *,
         key: Float[Tensor, "batch kv_heads 1 head_dim"],
         value: Float[Tensor, "batch kv_heads 1 head_dim"],
-    ) -> None:
-        """Puts the keys and values of one token of every sequence into its slot, in one layer.
+        attended_slots: int,
+    ) -> tuple[Float[Tensor, "batch kv_heads attended head_dim"], Float[Tensor, "batch kv_heads attended head_dim"]]:
+        """Puts the key and value of a new token of every sequence into its slot, in one layer.
 
         Args:
             layer: Index of the layer.
             slots: Of each sequence's token.
             key: Post-rotary.
             value: Likewise.
+            attended_slots: The first so many slots are handed back.
+
+        Returns:
+            Keys and values there, as they are kept, in the dtype that computes; views where nothing has to be made.
         """
-        places = slots[:, None, None, None].expand_as(key)
+        kept = []
         for (stored, scales), new in zip(self.stores(), (key, value), strict=True):
+            layer_store = stored[layer]
             if scales is None:
-                stored[layer].scatter_(2, places, new)
+                layer_store.scatter_(2, slots, new)
+                kept.append(layer_store[:, :, :attended_slots])
             else:
-                rounded = to_float8(new)
+                rounded, layer_scales = to_float8(new), scales[layer]
                 # As bytes, because not every device scatters codes.
-                stored[layer].view(torch.uint8).scatter_(2, places, rounded.codes.view(torch.uint8))
-                scales[layer].scatter_(2, places[..., 0], rounded.scales.to(scales.dtype))
+                layer_store.view(torch.uint8).scatter_(2, slots, rounded.codes.view(torch.uint8))
+                layer_scales.scatter_(2, slots[..., 0], rounded.scales.to(scales.dtype))
+                first = Float8Vectors(layer_store[:, :, :attended_slots], layer_scales[:, :, :attended_slots])
+                kept.append(first.wide(self.dtype))
+        return kept[0], kept[1]
 
     def compact(self, rows: Int[Tensor, " rows"]) -> BoundedCache:
         """The given sequences moved to the front, a layer at a time, so that no second cache ever exists.
