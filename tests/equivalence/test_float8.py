@@ -27,6 +27,7 @@ def float8_policy(
     return tiny_policy(base=base, dtype=dtype, **options)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_rollout_and_replay_round_alike_to_the_last_digits_of_float64(setting: str) -> None:
     policy = float8_policy(**SETTINGS[setting])
@@ -34,6 +35,7 @@ def test_rollout_and_replay_round_alike_to_the_last_digits_of_float64(setting: s
     assert gap(policy, rollouts) < 1e-10
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ragged_prompts_stops_and_refilled_slots_are_one_policy_in_every_architecture(architecture: str) -> None:
     policy = float8_policy(architecture)
@@ -64,6 +66,7 @@ def test_the_gap_shows_when_the_replay_keeps_its_own_keys_and_values_unrounded()
 LENGTHS = (1, 9, 10, 19)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("mode", ["chain", "exact"])
 @pytest.mark.parametrize(("architecture", "options"), [("qwen2", {}), ("qwen3", {"update_rule": "paper"})])
 def test_logprobs_and_every_gradient_are_those_of_the_slow_reference(
@@ -114,6 +117,7 @@ def test_no_wide_weight_of_a_layer_stays() -> None:
     assert base.dtype == torch.bfloat16
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("setting", SCORED)
 def test_a_policy_that_looks_at_keys_or_attention_looks_at_what_is_kept(setting: str) -> None:
     policy = float8_policy(**SETTINGS[setting])
