@@ -30,8 +30,9 @@ from pte.model.load import (
     load_tokenizer,
     round_to_float8,
 )
+from pte.model.policy import detach_adapter
 from pte.session import base_fingerprint
-from tiny import ARCHITECTURES, tiny_base
+from tiny import ARCHITECTURES, tiny_base, tiny_policy
 
 REMEDY = "use a model of type qwen2, qwen3, llama, mistral"
 REFUSED = {
@@ -132,6 +133,16 @@ def test_devices_without_float8_are_refused_before_anything_is_loaded(monkeypatc
     assert float8_refusal(torch.device("cuda")) is None
     with pytest.raises(ValueError, match="sizes are multiples of 16 on a GPU, got 16 x 8; use dtype bfloat16"):
         round_to_float8(tiny_base(), "cuda")
+
+
+def test_a_base_is_rounded_once_and_before_its_adapter() -> None:
+    base = tiny_policy().base
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got ThoughtLinear; round a base once, and before an"):
+        round_to_float8(base, "cpu")
+    detach_adapter(base)
+    round_to_float8(base, "cpu")
+    with pytest.raises(ValueError, match="got Float8Linear; round a base once"):
+        round_to_float8(base, "cpu")
 
 
 def test_every_dtype_of_a_configuration_has_its_own() -> None:

@@ -117,13 +117,17 @@ def round_to_float8(base: PreTrainedModel, device: torch.device | str) -> None:
         device: Where the maps are rounded, and lie from then on.
 
     Raises:
-        ValueError: The device cannot multiply float8, or not with maps of these sizes.
+        ValueError: The device cannot multiply float8, or not with maps of these sizes; the maps are not plain ones.
     """
     target = torch.device(device)
     if (reason := float8_refusal(target)) is not None:
         raise ValueError(reason)
     for linear in linear_maps(base):
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"float8 is made of plain torch.nn.Linear, got {type(linear).__name__}; round a base once, and before "
+                f"an adapter is attached"
+            )
         sizes = (linear.in_features, linear.out_features)
         if target.type == "cuda" and any(size % MULTIPLE_OF for size in sizes):
             raise ValueError(
