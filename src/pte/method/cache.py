@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pte.method.float8 import FLOAT8, SCALE_BYTES, Float8Vectors, to_float8
+from pte.method.float8 import FLOAT8, SCALE_BYTES, Float8Vectors, as_bytes, to_float8
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -181,7 +181,7 @@ class BoundedCache:
                 stored[:, rows, :, :tokens] = new
             else:
                 rounded = to_float8(new)
-                stored[:, rows, :, :tokens] = rounded.codes
+                as_bytes(stored)[:, rows, :, :tokens] = as_bytes(rounded.codes)
                 scales[:, rows, :, :tokens] = rounded.scales.to(scales.dtype)
         fresh = torch.full_like(self.positions[rows], -1)
         index = torch.arange(tokens, device=fresh.device)
@@ -247,7 +247,9 @@ class BoundedCache:
             where: Layers, sequences, key heads and slots.
         """
         stored, scales = store
-        return stored[where] if scales is None else Float8Vectors(stored[where], scales[where]).wide(self.dtype)
+        if scales is None:
+            return stored[where]
+        return Float8Vectors(as_bytes(stored)[where].view(FLOAT8), scales[where]).wide(self.dtype)
 
     def put_tokens(
         self,
@@ -278,8 +280,7 @@ class BoundedCache:
                 kept.append(layer_store[:, :, :attended_slots])
             else:
                 rounded, layer_scales = to_float8(new), scales[layer]
-                # As bytes, because not every device scatters codes.
-                layer_store.view(torch.uint8).scatter_(2, slots, rounded.codes.view(torch.uint8))
+                as_bytes(layer_store).scatter_(2, slots, as_bytes(rounded.codes))
                 layer_scales.scatter_(2, slots[..., 0], rounded.scales.to(scales.dtype))
                 first = Float8Vectors(layer_store[:, :, :attended_slots], layer_scales[:, :, :attended_slots])
                 kept.append(first.wide(self.dtype))
@@ -292,7 +293,7 @@ class BoundedCache:
             rows: Ascending; what the others held is lost.
         """
         for stored in (one for both in self.stores() for one in both if one is not None):
-            for layer in stored:
+            for layer in as_bytes(stored):
                 layer[: len(rows)] = layer[rows]
         for stored in (self.positions, self.prompt_lengths, self.free_slots, self.cursor):
             stored[: len(rows)] = stored[rows]

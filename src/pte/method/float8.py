@@ -49,6 +49,11 @@ class Float8Vectors:
         return self.codes.to(dtype) * self.scales.to(dtype)[..., None]
 
 
+def as_bytes(x: Float[Tensor, "*any"]) -> Tensor:
+    """The same memory as bytes where it holds codes: to move them is no arithmetic, and not all devices index codes."""
+    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
+
+
 @torch.no_grad()
 def to_float8(x: Float[Tensor, "*vectors numbers"]) -> Float8Vectors:
     """Codes and float32 scales of vectors along the last axis, rounded to nearest, ties to even.
