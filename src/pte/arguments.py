@@ -180,7 +180,7 @@ class BenchArguments:
     preset: str = "cpu"
     """What is measured: `cpu`, the tiny configuration, or `gpu`, real shapes with random weights."""
     part: tuple[str, ...] = ()
-    """Parts of gpu: rollout, long, update, step, kernels; unset for all, each at most 9 minutes."""
+    """Parts of gpu: rollout, long, update, step, kernels, float8; unset for all, each at most 9 minutes."""
     model: str | None = None
     """Shape that gpu measures: 3b, 7b, 8b or tiny; unset for 7b."""
     device: str | None = None
