@@ -26,7 +26,14 @@ def patch_tensor(tensor: type, scope: object) -> None:
 
 
 def convert_float(numbers: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
-    """As a GPU does: to the nearest bfloat16, where the interpreter cuts digits off."""
+    """As a GPU does: to the nearest bfloat16, where the interpreter cuts digits off; ties of float8 to the even one."""
+    if source == language.float32 and target == language.float8e4nv:
+        wide = torch.from_numpy(np.ascontiguousarray(numbers).view(np.float32))
+        return wide.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    if source == language.float8e4nv:
+        wide = torch.from_numpy(np.ascontiguousarray(numbers).view(np.uint8)).view(torch.float8_e4m3fn).float()
+        bits = wide.numpy().view(np.uint32)
+        return bits if target == language.float32 else convert_float(bits, language.float32, target, mode)
     bits = np.ascontiguousarray(numbers).view(f"uint{source.primitive_bitwidth}")
     if source == language.bfloat16 and target == language.float32:
         return bits.astype(np.uint32) << 16

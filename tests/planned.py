@@ -12,6 +12,7 @@ def planned(base, **changes) -> PlannedPolicy:
     settings = {
         "sizes": ModelSizes.of(base.config),
         "dtype": base.dtype,
+        "float8": False,
         "kind": "thought",
         "rank": 4,
         "targets": LINEAR_MAPS,

@@ -64,13 +64,25 @@ class Reference:
     def apply(self, index, name, x, read):
         """(W + scale A S B) x + b, with the matrix built."""
         linear = self.weight(self.layers[index], name)
-        matrix = linear.weight
+        matrix = self.matrix(linear)
+        frozen = matrix @ self.entering(x)
         if self.adapter is not None and name in self.adapter.targets_of(index):
             pair = self.adapter.layers[index][name]
             state = torch.eye(self.adapter.rank, dtype=x.dtype) if read is None else read
-            matrix = matrix + self.adapter.scale * pair.up.to(x.dtype) @ state @ pair.down.to(x.dtype)
-        out = matrix @ x
-        return out if linear.bias is None else out + linear.bias
+            frozen = frozen + self.adapter.scale * (pair.up.to(x.dtype) @ state @ pair.down.to(x.dtype)) @ x
+        return frozen if linear.bias is None else frozen + linear.bias
+
+    def matrix(self, linear):
+        """The frozen weights of a map."""
+        return linear.weight
+
+    def entering(self, x):
+        """What a frozen map multiplies with."""
+        return x
+
+    def stored(self, rotated, before, value, position):
+        """What is kept of a token: its rotated key, by heads, the same key before the rotation, and its value."""
+        return rotated, before, value
 
     def keys_of(self, index, raw):
         """Per head, with the key norm of Qwen3 where the layer has one; before the rotation."""
@@ -116,8 +128,9 @@ class Reference:
         tokens = []
         for token in self.adapter.encoder.global_tokens.to(self.base.dtype):
             key_map, value_map = self.weight(self.layers[index], "k_proj"), self.weight(self.layers[index], "v_proj")
-            key = key_map.weight @ token + (0 if key_map.bias is None else key_map.bias)
-            value = value_map.weight @ token + (0 if value_map.bias is None else value_map.bias)
+            given = self.entering(token)
+            key = self.matrix(key_map) @ given + (0 if key_map.bias is None else key_map.bias)
+            value = self.matrix(value_map) @ given + (0 if value_map.bias is None else value_map.bias)
             tokens.append((self.keys_of(index, key).reshape(-1), value))
         rank, dtype = self.adapter.rank, self.adapter.encoder.key_map.dtype
         return self.fold(torch.zeros(rank, rank, dtype=dtype), index, tokens)
@@ -272,6 +285,7 @@ class Reference:
         before = self.keys_of(index, self.apply(index, "k_proj", x, read))
         value = self.apply(index, "v_proj", x, read)
         query, rotated = rotate(query, self.config, position), rotate(before, self.config, position)
+        rotated, before, value = self.stored(rotated, before, value, position)
         if token_index < 0:
             prompt_cache.append((rotated.reshape(-1), value))
         else:

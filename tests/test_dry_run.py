@@ -76,6 +76,16 @@ def test_the_report_gives_peaks_the_formula_of_the_cache_and_what_to_lower() -> 
     assert "to lower the peak: rollout.slots, train.micro_batch_size, cache.window_tokens" in report
 
 
+def test_float8_names_what_computes_it_and_halves_the_cache_but_for_its_scales() -> None:
+    report = dry_run(short_config(model__dtype="float8"))
+    assert re.search(r"rollout: \d+\.\d s \(eager, float8 emulated on cpu\), cache", report)
+    # 8 sequences x (23 + 16) tokens x 3 layers x keys and values of 2 heads, 32 bytes each and 2 for its scale.
+    expected = 8 * (23 + 16) * 3 * 2 * 2 * (32 + 2) / 2**20
+    assert f"{expected:.1f}" != f"{2 * expected:.1f}", "bfloat16 would be seen"
+    assert f"the cache is 8 x (prompt + 16 kept tokens) = {expected:.1f} MiB" in report
+    assert f"cache {expected:.1f} MiB, process" in report
+
+
 def test_it_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sessions = []
     opened = dry_run_module.open_session

@@ -155,8 +155,8 @@ class ServeArguments:
     """Likeliest tokens a request may ask for beside each token; 0 records none and saves their cost."""
     api_key: str | None = None
     """What clients must send as their key; unset for the environment's PTE_API_KEY, or none."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base's weights, keys and values."""
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] = "float32"
+    """Of the base's weights, keys and values; `float8`: linear maps and cache in it, all else in bfloat16."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` or `mps`."""
     trust_remote_code: bool = False
@@ -237,7 +237,7 @@ class BenchArguments:
     preset: str = "cpu"
     """What is measured: `cpu`, the tiny configuration, or `gpu`, real shapes with random weights."""
     part: tuple[str, ...] = ()
-    """Parts of gpu: rollout, long, update, step, kernels; unset for all, each at most 9 minutes."""
+    """Parts of gpu: rollout, long, update, step, kernels, float8; unset for all, each at most 9 minutes."""
     model: str | None = None
     """Shape that gpu measures: 3b, 7b, 8b or tiny; unset for 7b."""
     device: str | None = None

@@ -12,9 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from pte.model.load import load_cache_shape
+from pte.model.load import dtype_named, load_cache_shape
 from pte.tasks.chained import embedded_model_dir
 
 if TYPE_CHECKING:
@@ -100,4 +98,4 @@ def state_tokens(config: ExperimentConfig) -> int:
     path = str(embedded_model_dir()) if config.model.path == "embedded" else config.model.path
     shape = load_cache_shape(path, trust_remote_code=config.model.trust_remote_code)
     state = shape.layers * config.adapter.rank**2 * STATE_BYTES_PER_NUMBER
-    return math.ceil(state / shape.token_bytes(getattr(torch, config.model.dtype)))
+    return math.ceil(state / shape.token_bytes(dtype_named(config.model.dtype)))

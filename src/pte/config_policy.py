@@ -23,8 +23,9 @@ class ModelConfig:
 
     path: str = "embedded"
     """Directory or hub name of a Transformers causal LM; `embedded` is the tiny reasoner shipped with pte."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base's weights, keys and values; the adapter and its state are float32 in any case."""
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] = "float32"
+    """Of the base's weights, keys and values; the adapter and its state are float32 in any case. `float8`: linear maps
+    and cache in float8, all else in bfloat16 (docs/precision.md)."""
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` or `mps`."""
     trust_remote_code: bool = False

@@ -95,7 +95,7 @@ def dry_run(config: ExperimentConfig) -> str:
         batch=sequences,
         prompt_slots=len(longest),
         window_slots=policy.schedule.kept_tokens(limit),
-        dtype=policy.dtype,
+        dtype=policy.cache_dtype,
     )
     lines.append(
         f"the cache is {sequences} x (prompt + {policy.schedule.kept_tokens(limit)} kept tokens) = "

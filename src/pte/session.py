@@ -11,15 +11,13 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.lora_folder import is_lora_folder, start_from_lora
 from pte.method.adapter import ThoughtAdapter
 from pte.method.eviction.registry import make_policy
-from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
+from pte.model.load import check_positions, dtype_named, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
 from pte.peft_folder import check_tensors_fit, load_any_adapter
 from pte.tasks.chained import embedded_model_dir
@@ -132,7 +130,7 @@ def open_session(
     task = (task_of or open_task)(config, tokenizer)
     base = load_base(
         path,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=dtype_named(config.model.dtype),
         device=config.model.device,
         trust_remote_code=config.model.trust_remote_code,
     )

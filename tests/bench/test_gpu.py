@@ -201,7 +201,10 @@ def test_a_row_that_fails_is_reported_and_the_others_are_measured(tmp_path: Path
         (["--preset", "gpu", "--model", "70b"], "model must be one of tiny, 3b, 7b, 8b, got '70b'"),
         (["--preset", "gpu", "--model", "7b", "--device", "cpu"], "device cpu is for model tiny alone"),
         (["--preset", "gpu", "--model", "tiny", "--device", "tpu"], "device must be cuda or cpu, got 'tpu'"),
-        ([*TINY_RUN, "--part", "rollouts"], "part must be one of rollout, long, update, step, kernels, got 'rollouts'"),
+        (
+            [*TINY_RUN, "--part", "rollouts"],
+            "part must be one of rollout, long, update, step, kernels, float8, got 'rollouts'",
+        ),
         (["--part", "rollout"], "part is an option of preset gpu, got ('rollout',) with cpu"),
         (["--model", "7b"], "model is an option of preset gpu"),
     ],

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from kernel_cases import DEVICE, check_close, random
 from pte.kernels.attention import decode_attention, filled_ends
 from pte.kernels.epilogues import finish_gate_up, finish_qkv, finish_residual
+from pte.kernels.float8 import rounded_rows
 from pte.kernels.operands import Heads, LowRankUpdate, NewToken
 from pte.kernels.reference import (
     decode_attention_reference,
@@ -23,6 +24,7 @@ from pte.kernels.reference import (
 )
 from pte.method.attention import DecodeAttention
 from pte.method.cache import BoundedCache
+from pte.method.float8 import float8_product, float8_refusal, to_float8
 from pte.model.decode import DecodeStep
 from pte.model.fused import FusedDecodeStep
 from pte.model.policy import BoundedPolicy, detach_adapter
@@ -69,6 +71,26 @@ def test_attention_over_a_window_is_the_softmax_over_its_filled_slots(rows: int,
     )
     expected = decode_attention_reference(query, keys, values=values, positions=positions, scaling=HEAD_DIM**-0.5)
     check_close(ours, expected, digits=0.3)
+
+
+@pytest.mark.skipif(float8_refusal(DEVICE) is not None, reason="needs a GPU with float8")
+@pytest.mark.parametrize("rows", ROWS)
+def test_float8_of_7b_is_rounded_attended_and_multiplied_as_wide_numbers_are(rows: int) -> None:
+    x = random(rows, FEATURES, seed=1, dtype=torch.bfloat16)
+    left, right = to_float8(x), to_float8(random(HIDDEN, FEATURES, seed=2, dtype=torch.bfloat16))
+    codes, scales = rounded_rows(x)
+    assert torch.equal(codes.float(), left.codes.float()) and torch.equal(scales, left.scales)
+    expected = (left.wide(torch.float32) @ right.wide(torch.float32).t()).to(torch.bfloat16)
+    check_close(float8_product(left, right, dtype=torch.bfloat16), expected, digits=0.3)
+    positions = ragged_positions(rows)
+    query = random(rows, QUERY_HEADS, HEAD_DIM, seed=1, dtype=torch.bfloat16)
+    stored = [to_float8(random(rows, KV_HEADS, SLOTS, HEAD_DIM, seed=seed)) for seed in (2, 3)]
+    options = {"positions": positions, "scaling": HEAD_DIM**-0.5}
+    keys, values = (one.codes for one in stored)
+    of_both = tuple(one.scales.to(torch.bfloat16) for one in stored)
+    ours = decode_attention(query, keys, values=values, ends=filled_ends(positions), scales=of_both, **options)
+    keys, values = (one.wide(torch.bfloat16) for one in stored)
+    check_close(ours, decode_attention_reference(query, keys, values=values, **options), digits=0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

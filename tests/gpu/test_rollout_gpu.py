@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from pte.method.float8 import float8_refusal
+from pte.model.load import round_to_float8
 from pte.model.policy import BoundedPolicy
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import collate_rollouts, logprob_gap
@@ -78,3 +80,17 @@ def test_rollout_and_replay_are_one_policy_on_a_gpu(setting: str, dtype: torch.d
     output = Replay(policy)(batch)
     gap = logprob_gap(output.policy_logprobs, recorded(found).to("cuda"), completion_mask=batch.completion_mask)
     assert (gap.max if dtype == torch.float32 else gap.mean) <= most
+
+
+@pytest.mark.skipif(float8_refusal(torch.device("cuda")) is not None, reason="needs a GPU with float8")
+@pytest.mark.parametrize("setting", SAMPLED)
+def test_rollout_and_replay_in_float8_are_one_policy_on_a_gpu(setting: str) -> None:
+    base = tiny_base("qwen2", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96, num_key_value_heads=4)
+    round_to_float8(base, "cuda")
+    policy = tiny_policy(base=base.to("cuda"), dtype=torch.float32, up_std=0.1, **SETTINGS[setting])
+    path, found = rollouts(policy)
+    assert ("eager" if setting in ("h2o", "rkv") else "fused kernels, CUDA graph, float8") in path
+    batch = collate_rollouts(found, device="cuda")
+    output = Replay(policy)(batch)
+    gap = logprob_gap(output.policy_logprobs, recorded(found).to("cuda"), completion_mask=batch.completion_mask)
+    assert gap.mean <= 2e-2

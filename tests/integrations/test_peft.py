@@ -19,6 +19,7 @@ from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
 from pte.method.eviction.sinks import AttentionSinks
 from pte.method.eviction.window import OldestFirst
 from pte.method.schedule import EvictionSchedule
+from pte.model.load import round_to_float8
 from pte.model.policy import BoundedPolicy, attach_adapter, detach_adapter, layer_sizes
 from pte.rollout.record import collate
 from pte.rollout.replay import Replay
@@ -350,6 +351,10 @@ def test_a_base_that_cannot_carry_thought_adapters_is_refused() -> None:
         get_peft_model(adapted.get_base_model(), PTEConfig(**SMALL))
     with pytest.raises(ValueError, match="policy_of needs a model with an adapter of peft_type PTE, got LoraModel"):
         policy_of(adapted)
+    rounded = tiny_base()
+    round_to_float8(rounded, "cpu")
+    with pytest.raises(ValueError, match=r"plain torch.nn.Linear, got Float8Linear \(q_proj\); load the model without"):
+        get_peft_model(rounded, PTEConfig(**SMALL))
 
 
 def test_a_model_without_active_adapter_has_no_policy() -> None:

@@ -12,6 +12,7 @@ from pte.method.eviction.h2o import HeavyHitters
 from pte.model.decode import DecodeStep
 from pte.model.fused import FusedDecodeStep
 from pte.model.fused_support import fused_refusal, unsupported
+from pte.model.load import round_to_float8
 from pte.model.policy import BoundedPolicy, detach_adapter
 from pte.model.segment import adapter_weights
 from tiny import ARCHITECTURES, tiny_base, tiny_policy
@@ -34,16 +35,25 @@ def policy_of(
     *,
     dtype: torch.dtype = torch.float32,
     base_changes: dict | None = None,
+    float8: bool = False,
     **options: object,
 ) -> BoundedPolicy:
     base = tiny_base(architecture, dtype=dtype, **(base_changes or {})).to(DEVICE)
+    if float8:
+        round_to_float8(base, DEVICE)
     return tiny_policy(base=base, dtype=dtype, **options)
 
 
 def held_cache(policy: BoundedPolicy, rows: int = 3) -> BoundedCache:
     """A cache with random keys and values, in empty slots too."""
     cache = BoundedCache.allocate(
-        policy.cache_shape, batch=rows, prompt_slots=3, window_slots=5, dtype=policy.dtype, device=DEVICE
+        policy.cache_shape,
+        batch=rows,
+        prompt_slots=3,
+        window_slots=5,
+        dtype=policy.dtype,
+        device=DEVICE,
+        float8=policy.float8,
     )
     generator = torch.Generator().manual_seed(7)
     for stored in (cache.keys, cache.values):
@@ -89,8 +99,9 @@ def run_fused(
 def check_equal(policy: BoundedPolicy, *, rows: int = 3) -> None:
     (expected, theirs), (hidden, ours) = run_plain(policy, rows), run_fused(policy, rows)
     check_close(hidden, expected)
-    check_close(ours.keys, theirs.keys)
-    check_close(ours.values, theirs.values)
+    everything = (slice(None),) * 4
+    for mine, other in zip(ours.stores(), theirs.stores(), strict=True):
+        check_close(ours.wide(mine, everything), theirs.wide(other, everything))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -151,6 +162,23 @@ def test_half_precision_is_rounded_at_the_same_places(architecture: str, kind: s
     for mine, other in ((hidden, expected), (ours.keys, theirs.keys), (ours.values, theirs.values)):
         assert mine.dtype == torch.bfloat16
         assert (mine.float() - other.float()).abs().mean() < 2e-3 * other.float().abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "options"),
+    [
+        ("qwen2", {}, {}),
+        ("qwen3", {"attention_bias": True}, {"kind": "lora"}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {"targets": ("q_proj", "v_proj", "up_proj")}),
+        ("mistral", {"layers": 1}, {"kind": None}),
+    ],
+)
+def test_a_fused_step_in_float8_is_the_decode_step_in_float8(architecture: str, changes: dict, options: dict) -> None:
+    policy = policy_of(architecture, base_changes=changes, float8=True, **options)
+    check_equal(policy, rows=2)
+    # And not what it would be without rounding.
+    plain = policy_of(architecture, base_changes=changes, **options)
+    assert (run_fused(policy, 1)[0] - run_fused(plain, 1)[0]).abs().max() > 1e-3
 
 
 def test_a_step_follows_the_adapter_that_is_loaded_into_it() -> None:

@@ -71,7 +71,7 @@ def test_an_adapter_is_loaded_in_place_over_the_one_before() -> None:
         for parameter in policy.adapter.parameters():
             parameter.data.mul_(factor)
         products = [product for layer in loaded_products(policy) for product in layer]
-        pointers.append([product.weight.data_ptr() for product in products])
+        pointers.append([product.group.matrix.data_ptr() for product in products])
     assert pointers[0] == pointers[1]
     product, weights = products[0], adapter_weights(policy)
     (up, places), pointer = (product.up, product.places), product.up.data_ptr()

@@ -1,6 +1,7 @@
 """What is loaded, how, and what is refused by name before any work."""
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,8 +18,21 @@ from transformers import (
     T5Config,
 )
 
-from pte.model.load import check_positions, check_supported, freeze, load_base, load_tokenizer
-from tiny import ARCHITECTURES, tiny_base
+from pte.config import ModelConfig
+from pte.method.float8 import FLOAT8, Float8Linear, float8_refusal, rounded_to_float8
+from pte.model.load import (
+    check_positions,
+    check_supported,
+    dtype_named,
+    freeze,
+    linear_maps,
+    load_base,
+    load_tokenizer,
+    round_to_float8,
+)
+from pte.model.policy import detach_adapter
+from pte.session import base_fingerprint
+from tiny import ARCHITECTURES, tiny_base, tiny_policy
 
 REMEDY = "use a model of type qwen2, qwen3, llama, mistral"
 REFUSED = {
@@ -90,6 +104,51 @@ def test_a_saved_model_comes_back_frozen_and_in_the_dtype_asked_for(
     for name, parameter in found.items():
         assert parameter.dtype == dtype and not parameter.requires_grad
         assert torch.equal(parameter, expected[name].to(dtype)), name
+
+
+def test_a_base_in_float8_is_the_bfloat16_one_rounded_and_has_its_fingerprint(tmp_path: Path) -> None:
+    tiny_base(dtype=torch.float32).save_pretrained(tmp_path)
+    base = load_base(tmp_path, dtype=FLOAT8, device="cpu")
+    plain = load_base(tmp_path, dtype=torch.bfloat16, device="cpu")
+    assert base.dtype == torch.bfloat16 and not base.training
+    assert all(type(linear) is Float8Linear for linear in linear_maps(base))
+    for rounded, linear in zip(linear_maps(base), linear_maps(plain), strict=True):
+        assert torch.equal(rounded.rounded.wide(torch.float32), rounded_to_float8(linear.weight.float()))
+        assert rounded.bias is None if linear.bias is None else torch.equal(rounded.bias, linear.bias)
+    others = {name for name, _ in plain.named_parameters() if "_proj" not in name}
+    assert {name for name, _ in base.named_parameters()} == others
+    # Adapters know nothing of the precision: one fits both.
+    assert base_fingerprint(base) == base_fingerprint(plain)
+
+
+def test_devices_without_float8_are_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="dtype float8 needs an NVIDIA GPU, got mps; use dtype bfloat16"):
+        load_base("nowhere", dtype=FLOAT8, device="mps")
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match="needs compute capability 8.9 or newer, got A100; use dtype bfloat16"):
+        load_base("nowhere", dtype=FLOAT8, device="cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    assert float8_refusal(torch.device("cuda")) is None
+    with pytest.raises(ValueError, match="sizes are multiples of 16 on a GPU, got 16 x 8; use dtype bfloat16"):
+        round_to_float8(tiny_base(), "cuda")
+
+
+def test_a_base_is_rounded_once_and_before_its_adapter() -> None:
+    base = tiny_policy().base
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got ThoughtLinear; round a base once, and before an"):
+        round_to_float8(base, "cpu")
+    detach_adapter(base)
+    round_to_float8(base, "cpu")
+    with pytest.raises(ValueError, match="got Float8Linear; round a base once"):
+        round_to_float8(base, "cpu")
+
+
+def test_every_dtype_of_a_configuration_has_its_own() -> None:
+    named = {name: dtype_named(name) for name in get_args(get_type_hints(ModelConfig)["dtype"])}
+    expected = (torch.float32, torch.bfloat16, torch.float16, FLOAT8)
+    assert named == dict(zip(("float32", "bfloat16", "float16", "float8"), expected, strict=True))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

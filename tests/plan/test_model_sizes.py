@@ -14,6 +14,7 @@ from pte.kernels.operands import padded_rank
 from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
 from pte.model.fused import products_of
 from pte.model.fused_weights import FusedWeights
+from pte.model.load import linear_maps, round_to_float8
 from pte.model.policy import layer_sizes
 from pte.plan.model_sizes import BUILT_IN, ModelSizes, model_sizes
 from pte.plan.shapes import SHAPES, model_config
@@ -30,6 +31,16 @@ def test_sizes_are_those_of_the_model_itself(architecture: str, tied: bool) -> N
     assert sizes.cache_shape == tiny_policy(architecture, base=base).cache_shape
     assert (sizes.vocab, sizes.max_positions) == (base.config.vocab_size, 256)
     assert sizes.head_norms == (architecture == "qwen3")
+
+
+def test_float8_takes_a_byte_a_weight_of_the_layers_and_four_for_each_row() -> None:
+    base = tiny_base(dtype=torch.bfloat16)
+    wide, policy = planned(base), planned(base, float8=True)
+    assert wide.weights_bytes == sum(parameter.nbytes for parameter in base.parameters())
+    round_to_float8(base, "cpu")
+    kept = [*base.parameters(), *(one for linear in linear_maps(base) for one in linear.buffers())]
+    assert policy.weights_bytes == sum(one.nbytes for one in kept) < wide.weights_bytes
+    assert policy.cache_dtype == tiny_policy(base=base).cache_dtype != wide.cache_dtype
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

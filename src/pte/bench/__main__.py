@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--preset", default="cpu", help="cpu (the tiny configuration) or gpu; default: cpu")
     parser.add_argument(
-        "--part", nargs="*", default=[], help="of gpu: rollout, long, update, step, kernels; default: all"
+        "--part", nargs="*", default=[], help="of gpu: rollout, long, update, step, kernels, float8; default: all"
     )
     parser.add_argument("--model", default=None, help="of gpu: 3b, 7b, 8b or tiny; default: 7b")
     parser.add_argument("--device", default=None, help="of gpu: cuda, or cpu for the tiny model; default: cuda")

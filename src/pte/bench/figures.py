@@ -188,6 +188,8 @@ LONG = "7B: rollout to 64K tokens, window 1024, against a full cache at its larg
 UPDATE = "7B: update, model FLOPs of the measured matrix rate"
 FLAT = "7B: peak of an update at 64K tokens against 2K, `horizon` / `chain`"
 PEAK = "7B: peak of one GRPO step at 3K tokens against full-cache LoRA with checkpointing"
+STEP = ("seconds_per_step", "median")
+FLOAT8_ARMS = ("float8", "bfloat16")
 START = "7B: seconds of compilation, graph capture and warm-up / rollouts that repay them"
 GPU_FIGURES: tuple[Figure, ...] = (
     *(
@@ -285,6 +287,23 @@ GPU_FIGURES: tuple[Figure, ...] = (
         "",
         at_most=10,
         read=repaid_rollouts,
+    ),
+    Figure(
+        "float8_step_ratio_7b_b128",
+        "",
+        "seconds of a PTE decode step with linear maps and cache in float8 / of one in bfloat16, batch 128",
+        "x",
+        read=lambda rows: ratio(*(number(rows, Case("float8", arm, 128, WINDOW), *STEP) for arm in FLOAT8_ARMS)),
+    ),
+    *(
+        Figure(
+            f"{arm}_gap_7b",
+            "",
+            f"mean difference of rollout's and replay's log-probs in {arm}, random weights, batch 128",
+            "nats",
+            read=lambda rows, arm=arm: number(rows, Case("float8", arm, 128, WINDOW), "gap", "mean"),  # type: ignore[misc]
+        )
+        for arm in FLOAT8_ARMS
     ),
 )
 FIGURES: tuple[Figure, ...] = (*cpu_figures(CPU), *GPU_FIGURES)

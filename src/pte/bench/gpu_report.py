@@ -81,6 +81,13 @@ COLUMNS: dict[Part, tuple[Column, ...]] = {
         *((name, max(7, len(name) + 1), shown("spans", name)) for name in (*SPANS, "other")),
         ("peak GiB", 9, shown("peak_bytes", scale=1 / GIB)),
     ),
+    "float8": (
+        *ARM,
+        STEPS[4],
+        *STEPS[7:11],
+        ("mean gap", 10, shown("gap", "mean", digits=5)),
+        ("max gap", 9, shown("gap", "max", digits=3)),
+    ),
     "kernels": (
         *ARM,
         ("ms", 9, shown("seconds", "median", scale=1e3, digits=3)),
@@ -96,6 +103,7 @@ TITLES: dict[Part, str] = {
     "long": "long: whole completions; bounded at one batch, full caches at their largest, without prefill",
     "update": "update: one optimizer step on given completions; peak with weights; evicted: in host memory (chain)",
     "step": "step: one whole GRPO step; seconds by span from a step that waits for the device at every span",
+    "float8": "float8: PTE's decode step in float8 and in the model's dtype, and the gap of rollout and replay, nats",
     "kernels": "kernels: pieces of one decode step alone",
 }
 

@@ -21,6 +21,7 @@ import torch
 from pte.bench.device import bench_device, clear, device_facts, measure_rates
 from pte.bench.figures import Figures, gpu_figures
 from pte.bench.gpu_bench import Bench
+from pte.bench.gpu_float8 import float8_cases, measure_float8
 from pte.bench.gpu_kernels import kernel_cases, measure_kernel
 from pte.bench.gpu_plan import GpuPlan, plan_for
 from pte.bench.gpu_report import print_gpu_report
@@ -38,6 +39,7 @@ PARTS: dict[Part, tuple[Callable[[GpuPlan], list[Case]], Callable[[Bench, Case],
     "update": (update_cases, measure_update),
     "step": (step_cases, measure_step),
     "kernels": (kernel_cases, measure_kernel),
+    "float8": (float8_cases, measure_float8),
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 Json = str | int | float | bool | None | Mapping[str, "Json"] | list["Json"]
-Part = Literal["rollout", "long", "update", "step", "kernels"]
+Part = Literal["rollout", "long", "update", "step", "kernels", "float8"]
 Values = dict[str, Json]
 
 
@@ -44,7 +44,7 @@ class Case:
     @property
     def work(self) -> int:
         """What the time of measuring grows with: tokens, and for bounded rollouts the window, which is filled first."""
-        if self.part in ("rollout", "long", "kernels") and self.window_tokens is not None:
+        if self.part in ("rollout", "long", "kernels", "float8") and self.window_tokens is not None:
             return self.window_tokens
         return self.tokens or 1
 

@@ -18,7 +18,6 @@ from torch import nn
 from torch.func import functional_call
 
 from pte.method.adapter import BoundAdapter, ThoughtAdapter
-from pte.model.policy import linear_of
 from pte.model.segment import global_keys_values, runs_bounded
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class FirstStateHooks:
             return
         x = args[0] if args else kwargs["hidden_states"]
         decoder_layer = self.base.get_decoder().layers[layer]
-        dtype = linear_of(decoder_layer, "k_proj").weight.dtype
+        dtype = self.base.dtype
         groups = tuple(
             adapter.group_weights(layer, tuple(name for name in names if hasattr(block, name)), dtype)
             for names in adapter.groups(layer)

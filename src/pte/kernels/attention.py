@@ -46,6 +46,7 @@ def decode_attention(
     positions: Int[Tensor, "batch slots"],
     ends: Int[Tensor, " batch"],
     scaling: float,
+    scales: tuple[Float[Tensor, "batch kv_heads slots"], Float[Tensor, "batch kv_heads slots"]] | None = None,
 ) -> Float[Tensor, "batch heads head_dim"]:
     """softmax(scaling q k^T) v over the slots whose position is not negative; zero where a row has none.
 
@@ -56,6 +57,7 @@ def decode_attention(
         positions: Absolute position of the token in each slot, -1 where empty.
         ends: `filled_ends(positions)`.
         scaling: Factor on the scores.
+        scales: Of keys and of values that are float8 codes, slots side by side; None for plain ones.
 
     Raises:
         ValueError: A dtype that the matrix units do not have.
@@ -82,6 +84,8 @@ def decode_attention(
         weighted,
         *keys.stride(),
         *values.stride(),
+        *(scales or (keys, values)),
+        *((0, 0, 0, 0) if scales is None else (*scales[0].stride()[:2], *scales[1].stride()[:2])),
         positions.stride(0),
         scaling,
         KV_HEADS=kv_heads,
@@ -91,6 +95,7 @@ def decode_attention(
         BLOCK_GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_SLOTS=block_slots,
         BLOCK_DIM=block_dim,
+        FLOAT8=scales is not None,
         num_warps=4,
         num_stages=STAGES,
     )

@@ -27,6 +27,12 @@ def attend(
     value_head,
     value_slot,
     value_channel,
+    key_scales,
+    value_scales,
+    key_scale_row,
+    key_scale_head,
+    value_scale_row,
+    value_scale_head,
     position_row,
     scaling,
     KV_HEADS: tl.constexpr,
@@ -36,6 +42,7 @@ def attend(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     """Program (row and key head, split): softmax over its part of the filled slots, or what `combine` needs of it."""
     pair = tl.program_id(0)
@@ -52,6 +59,8 @@ def attend(
 
     key_start = keys + row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
     value_start = values + row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
+    key_scale_start = key_scales + row.to(tl.int64) * key_scale_row + head.to(tl.int64) * key_scale_head
+    value_scale_start = value_scales + row.to(tl.int64) * value_scale_row + head.to(tl.int64) * value_scale_head
     position_start = positions + row.to(tl.int64) * position_row
     end = tl.load(ends + row)
     share = tl.cdiv(tl.cdiv(end, BLOCK_SLOTS), SPLITS) * BLOCK_SLOTS
@@ -67,7 +76,12 @@ def attend(
         loaded = filled[:, None] & (channels < HEAD_DIM)[None, :]
         far = slots.to(tl.int64)[:, None]
         k = tl.load(key_start + far * key_slot + channels[None, :] * key_channel, mask=loaded, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * to_exponent
+        if FLOAT8:
+            # Exact: codes have four bits, scales are powers of two.
+            scales = tl.load(key_scale_start + slots, mask=filled, other=0.0).to(tl.float32)
+            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scales[None, :] * to_exponent
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * to_exponent
         scores = tl.where(filled[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         # Where nothing was seen yet, -inf - -inf would be NaN.
@@ -76,6 +90,10 @@ def attend(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(weights, axis=1)
         v = tl.load(value_start + far * value_slot + channels[None, :] * value_channel, mask=loaded, other=0.0)
+        if FLOAT8:
+            scales = tl.load(value_scale_start + slots, mask=filled, other=0.0).to(tl.float32)
+            weights *= scales[None, :]
+            v = v.to(q.dtype)
         weighted = weighted * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         largest = larger
 

@@ -8,6 +8,8 @@ naive programs round.
 import triton
 import triton.language as tl
 
+from pte.kernels.float8_programs import codes_of, scale_and_inverse
+
 
 @triton.jit
 def steered_lows(
@@ -74,6 +76,20 @@ def turned(x, y, cosine, signed_sine):
 
 
 @triton.jit
+def store_head(goal, channel, scale_goal, x, y, halves, tile, running, HALF: tl.constexpr, FLOAT8: tl.constexpr):
+    """Writes a head given as its two halves, for a tile of rows: as it is, or as float8 codes and their scale."""
+    if FLOAT8:
+        largest = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), axis=1), tl.max(tl.abs(y.to(tl.float32)), axis=1))
+        scale, inverse = scale_and_inverse(largest)
+        tl.store(scale_goal, scale[:, None].to(scale_goal.dtype.element_ty), mask=running[:, None])
+        tl.store(goal + halves[None, :] * channel, codes_of(x, inverse[:, None]), mask=tile)
+        tl.store(goal + (HALF + halves)[None, :] * channel, codes_of(y, inverse[:, None]), mask=tile)
+    else:
+        tl.store(goal + halves[None, :] * channel, x, mask=tile)
+        tl.store(goal + (HALF + halves)[None, :] * channel, y, mask=tile)
+
+
+@triton.jit
 def finish_qkv_program(
     product,
     product_row,
@@ -97,6 +113,12 @@ def finish_qkv_program(
     value_head,
     value_slot,
     value_channel,
+    key_scales,
+    value_scales,
+    key_scale_row,
+    key_scale_head,
+    value_scale_row,
+    value_scale_head,
     epsilon,
     batch,
     heads_per_program,
@@ -112,6 +134,7 @@ def finish_qkv_program(
     HAS_UPDATE: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    FLOAT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -170,8 +193,8 @@ def finish_qkv_program(
             x_2 = added(x_2, low, up, columns + HALF, inside, BLOCK_RANK)
         if is_value:
             goal = values + row_starts * value_row + far * value_head + slot * value_slot
-            tl.store(goal + halves[None, :] * value_channel, x_1, mask=tile)
-            tl.store(goal + (HALF + halves)[None, :] * value_channel, x_2, mask=tile)
+            scale_goal = value_scales + row_starts * value_scale_row + far * value_scale_head + slot
+            store_head(goal, value_channel, scale_goal, x_1, x_2, halves, tile, running, HALF, FLOAT8)
         else:
             if HAS_NORM:
                 wide_1 = x_1.to(tl.float32)
@@ -191,8 +214,8 @@ def finish_qkv_program(
                 tl.store(places + HALF, y_2, mask=tile)
             else:
                 goal = keys + row_starts * key_row + far * key_head + slot * key_slot
-                tl.store(goal + halves[None, :] * key_channel, y_1, mask=tile)
-                tl.store(goal + (HALF + halves)[None, :] * key_channel, y_2, mask=tile)
+                scale_goal = key_scales + row_starts * key_scale_row + far * key_scale_head + slot
+                store_head(goal, key_channel, scale_goal, y_1, y_2, halves, tile, running, HALF, FLOAT8)
 
 
 @triton.jit

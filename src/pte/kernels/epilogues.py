@@ -41,9 +41,9 @@ WHOLE_ROW_NUMBERS = 16384
 def finish_qkv(
     product: Float[Tensor, "batch columns"], update: LowRankUpdate | None, *, heads: Heads, token: NewToken
 ) -> Float[Tensor, "batch query_heads head_dim"]:
-    """Rotated queries; rotated keys and values are written into the new token's slots.
+    """Rotated queries; rotated keys and values go into the slots of the new token, as codes where these have scales.
 
-    Equals: `finish_qkv_reference`.
+    Equals: `finish_qkv_reference`; codes and scales are those of `pte.method.float8.to_float8`.
 
     Args:
         product: Queries, keys and values of all heads, then the lows.
@@ -73,6 +73,8 @@ def finish_qkv(
         token.values,
         *token.keys.stride(),
         *token.values.stride(),
+        *(token.scales or (token.keys, token.values)),
+        *((0, 0, 0, 0) if token.scales is None else (*token.scales[0].stride()[:2], *token.scales[1].stride()[:2])),
         heads.epsilon,
         batch,
         per_program,
@@ -82,6 +84,7 @@ def finish_qkv(
         **places_of(update, ("QUERY_PLACE", "KEY_PLACE", "VALUE_PLACE")),
         **rank_blocks(update),
         HAS_NORM=heads.norm is not None,
+        FLOAT8=token.scales is not None,
         BLOCK_ROWS=TILE_ROWS,
         BLOCK_HALF=max(16, triton.next_power_of_2(heads.head_dim // 2)),
         num_warps=8,

@@ -65,12 +65,14 @@ class NewToken:
         values: Likewise.
         slots: Slot of each new token.
         positions: Absolute position of each new token.
+        scales: Of keys and of values that are float8 codes, slots side by side; None for plain ones.
     """
 
     keys: Float[Tensor, "batch kv_heads slots head_dim"]
     values: Float[Tensor, "batch kv_heads slots head_dim"]
     slots: Int[Tensor, " batch"]
     positions: Int[Tensor, " batch"]
+    scales: tuple[Float[Tensor, "batch kv_heads slots"], Float[Tensor, "batch kv_heads slots"]] | None = None
 
 
 def padded_rank(rank: int) -> int:

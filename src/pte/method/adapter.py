@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from pte.method.adapter_checks import check_encoder, check_layers, check_targets
+from pte.method.float8 import Float8Linear
 from pte.method.thought import KeySpace, ThoughtEncoder, UpdateRule
 from pte.timing import timed
 
@@ -147,7 +148,9 @@ class ThoughtLinear(nn.Module):
     Paper: theta' = theta + DeltaW, DeltaW = A S_e B.
     """
 
-    def __init__(self, base: nn.Linear, *, layer: int, group: int, member: int, binding: Binding) -> None:
+    def __init__(
+        self, base: nn.Linear | Float8Linear, *, layer: int, group: int, member: int, binding: Binding
+    ) -> None:
         super().__init__()
         self.base = base
         self.layer = layer

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from pte.method.float8 import rounded_to_float8
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -104,13 +106,8 @@ class DecodeAttention:
         kv_heads, slots_held, head_dim = cache.keys.shape[2:]
         self.slots = slots.view(-1, 1, 1, 1).expand(-1, kv_heads, 1, head_dim)
         self.observer = observer
-        # Views of all layers at once: a step of a small model feels every operation.
-        self.keys, self.values = cache.keys.unbind(0), cache.values.unbind(0)
-        self.attended_keys, self.attended_values, positions = self.keys, self.values, cache.positions
-        if attended_slots < slots_held:
-            self.attended_keys = cache.keys[:, :, :, :attended_slots].unbind(0)
-            self.attended_values = cache.values[:, :, :, :attended_slots].unbind(0)
-            positions = positions[:, :attended_slots]
+        self.keys, self.values = cache.token_slots(attended_slots)
+        positions = cache.positions if attended_slots == slots_held else cache.positions[:, :attended_slots]
         self.mask = additive(positions >= 0, dtype).view(-1, 1, 1, attended_slots)
 
     def attend(
@@ -123,9 +120,8 @@ class DecodeAttention:
         scaling: float,
     ) -> Float[Tensor, "batch 1 heads head_dim"]:
         """Attention output of the new tokens in one layer."""
-        self.keys[layer].scatter_(2, self.slots, key)
-        self.values[layer].scatter_(2, self.slots, value)
-        keys, values = self.attended_keys[layer], self.attended_values[layer]
+        keys = self.keys.put(layer, self.slots, key)
+        values = self.values.put(layer, self.slots, value)
         if self.observer is not None:
             self.observer.observe(query, keys, mask=self.mask, scaling=scaling)
         return grouped_attention(query, keys, values, mask=self.mask, scaling=scaling)
@@ -141,6 +137,7 @@ class StretchAttention:
             attention over the stretch alone, where nothing is cached.
         segments: Segments per sequence; row b * segments + s is segment s of sequence b.
         observer: Sums what slots and tokens receive, or None.
+        float8: The cache stores float8, so that every token, the newest too, is attended to as float8 keeps it.
 
     `new_keys` and `new_values` hold, per layer, what the stretch adds; a layer that is computed again in a backward
     pass leaves them as they are.
@@ -154,6 +151,7 @@ class StretchAttention:
         mask: Float[Tensor, "batch 1 tokens keys"] | None,
         segments: int,
         observer: AttentionObserver | None = None,
+        float8: bool = False,
     ) -> None:
         assert keys is None or mask is not None, "cached slots need a mask"
         self.observer = observer
@@ -161,6 +159,7 @@ class StretchAttention:
         self.values = values
         self.mask = mask
         self.segments = segments
+        self.float8 = float8
         self.new_keys: dict[int, Tensor] = {}
         self.new_values: dict[int, Tensor] = {}
 
@@ -176,6 +175,8 @@ class StretchAttention:
         """Attention output of the stretch's tokens in one layer."""
         rows, heads, segment_tokens, head_dim = query.shape
         query, key, value = (self.join_segments(x) for x in (query, key, value))
+        if self.float8:
+            key, value = rounded_to_float8(key), rounded_to_float8(value)
         self.new_keys.setdefault(layer, key)
         self.new_values.setdefault(layer, value)
         if self.keys is not None and self.values is not None:

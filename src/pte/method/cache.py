@@ -3,7 +3,8 @@
 Decides: where a token's keys and values lie (a prompt region, then window slots), which slot the next reasoning
 token takes (a free one first, then the slots of the last evicted block, in the policy's order: nothing is copied),
 and what an eviction hands over. Positions are data stored beside the keys, -1 marks an empty slot; nothing is ever
-derived from a length. Order does not matter to attention over rotated keys, so slots are never sorted.
+derived from a length. Order does not matter to attention over rotated keys, so slots are never sorted. Keys and values
+lie in the dtype that computes, or as float8 codes with a scale for each token and head; what is read is the former.
 Does not know: models, states, when to evict (`schedule`), whom to evict (`eviction`).
 
 Paper: Section 3, C_t^D = CachePrune_D(p, y_<t) with the prompt p never pruned.
@@ -15,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+
+from pte.method.float8 import FLOAT8, SCALE_BYTES, Float8Vectors, as_bytes, to_float8
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,8 +46,9 @@ class CacheShape:
         return self.kv_heads * self.head_dim
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values over all layers."""
-        return 2 * self.layers * self.kv_dim * dtype.itemsize
+        """Bytes of one token's keys and values over all layers, stored in a dtype, the scales of float8 included."""
+        scale_bytes = self.kv_heads * SCALE_BYTES if dtype == FLOAT8 else 0
+        return 2 * self.layers * (self.kv_dim * dtype.itemsize + scale_bytes)
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,83 @@ class EvictedTokens:
         return [EvictedTokens(*part) for part in zip(*parts, strict=True)]
 
 
+@dataclass(frozen=True)
+class TokenSlots:
+    """Where the keys, or the values, of one new token of every sequence go: the views of all layers, made at once.
+
+    A step of a small model feels every operation.
+
+    Args:
+        stored: Of each layer, all slots.
+        attended: Of each layer, the slots that are handed back.
+        scales: Of codes, all slots; None where numbers are stored.
+        attended_scales: Likewise, of those that are handed back.
+        dtype: In which they are handed back.
+    """
+
+    stored: tuple[Float[Tensor, "batch kv_heads slots head_dim"], ...]
+    attended: tuple[Float[Tensor, "batch kv_heads attended head_dim"], ...]
+    scales: tuple[Float[Tensor, "batch kv_heads slots"], ...] | None
+    attended_scales: tuple[Float[Tensor, "batch kv_heads attended"], ...] | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        stored: Float[Tensor, "layers batch kv_heads slots head_dim"],
+        scales: Float[Tensor, "layers batch kv_heads slots"] | None,
+        *,
+        attended_slots: int,
+        dtype: torch.dtype,
+    ) -> TokenSlots:
+        """The views of a store."""
+        all_slots = attended_slots == stored.shape[3]
+        layers = stored.unbind(0)
+        return cls(
+            stored=layers,
+            attended=layers if all_slots else stored[:, :, :, :attended_slots].unbind(0),
+            scales=None if scales is None else scales.unbind(0),
+            attended_scales=None if scales is None else scales[:, :, :, :attended_slots].unbind(0),
+            dtype=dtype,
+        )
+
+    def put(
+        self,
+        layer: int,
+        slots: Int[Tensor, "batch kv_heads 1 head_dim"],
+        new: Float[Tensor, "batch kv_heads 1 head_dim"],
+    ) -> Float[Tensor, "batch kv_heads attended head_dim"]:
+        """Puts the new tokens into their slots of a layer; what lies in the attended ones, a view where it can be.
+
+        Args:
+            layer: Index of the layer.
+            slots: Of each sequence's token.
+            new: Post-rotary keys, or values.
+        """
+        if self.scales is None or self.attended_scales is None:
+            self.stored[layer].scatter_(2, slots, new)
+            return self.attended[layer]
+        rounded, scales = to_float8(new), self.scales[layer]
+        as_bytes(self.stored[layer]).scatter_(2, slots, as_bytes(rounded.codes))
+        scales.scatter_(2, slots[..., 0], rounded.scales.to(scales.dtype))
+        return Float8Vectors(self.attended[layer], self.attended_scales[layer]).wide(self.dtype)
+
+
 @dataclass
 class BoundedCache:
     """Keys, values and positions of a batch of sequences in fixed slots.
 
     Args:
-        keys: Post-rotary keys; slots are prompt_slots prompt slots, then the window's.
-        values: Values in the same slots.
+        keys: Post-rotary keys, or their float8 codes; slots are prompt_slots prompt slots, then the window's.
+        values: Values, or their codes, in the same slots.
         positions: Absolute position of the token in each slot, -1 where empty.
         prompt_lengths: Prompt tokens of each sequence; reasoning index = position - prompt length.
         free_slots: Window slots in the order in which new tokens take them.
         cursor: How many of `free_slots` are taken.
         prompt_slots: Size of the prompt region.
+        dtype: In which keys and values are read and handed over.
+        key_scales: Of float8 codes; None where keys and values lie in `dtype` itself.
+        value_scales: Likewise.
         attention_received: Attention that the token in each window slot has received, 0 where empty; None unless
             `track_attention` was called.
         observed_queries: Whose attention that is.
@@ -95,6 +164,9 @@ class BoundedCache:
     free_slots: Int[Tensor, "batch window"]
     cursor: Int[Tensor, " batch"]
     prompt_slots: int
+    dtype: torch.dtype
+    key_scales: Float[Tensor, "layers batch kv_heads slots"] | None = None
+    value_scales: Float[Tensor, "layers batch kv_heads slots"] | None = None
     attention_received: Float[Tensor, "batch window"] | None = None
     observed_queries: ObservedQueries = "kept"
 
@@ -108,23 +180,33 @@ class BoundedCache:
         window_slots: int,
         dtype: torch.dtype,
         device: torch.device,
+        float8: bool = False,
     ) -> BoundedCache:
-        """An empty cache; its bytes are `analytic_bytes` and never change."""
+        """An empty cache, stored in `dtype` or as float8; its bytes are `analytic_bytes` and never change."""
         size = (shape.layers, batch, shape.kv_heads, prompt_slots + window_slots, shape.head_dim)
+        stored = FLOAT8 if float8 else dtype
+        scales = [torch.ones(size[:-1], dtype=torch.bfloat16, device=device) if float8 else None for _ in range(2)]
         return cls(
-            keys=torch.zeros(size, dtype=dtype, device=device),
-            values=torch.zeros(size, dtype=dtype, device=device),
+            keys=torch.zeros(size, dtype=stored, device=device),
+            values=torch.zeros(size, dtype=stored, device=device),
             positions=torch.full((batch, prompt_slots + window_slots), -1, dtype=torch.int64, device=device),
             prompt_lengths=torch.zeros(batch, dtype=torch.int64, device=device),
             free_slots=torch.arange(window_slots, device=device).repeat(batch, 1),
             cursor=torch.zeros(batch, dtype=torch.int64, device=device),
             prompt_slots=prompt_slots,
+            dtype=dtype,
+            key_scales=scales[0],
+            value_scales=scales[1],
         )
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that the keys and values take."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes that the keys and values take, their scales included."""
+        return sum(stored.nbytes for both in self.stores() for stored in both if stored is not None)
+
+    def stores(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """What holds the keys and what holds the values: numbers or codes, and the scales of codes."""
+        return (self.keys, self.key_scales), (self.values, self.value_scales)
 
     @property
     def batch(self) -> int:
@@ -133,7 +215,7 @@ class BoundedCache:
 
     def track_attention(self, queries: ObservedQueries) -> None:
         """Starts to sum the attention that window tokens receive, float32 or wider, from the given queries."""
-        dtype = torch.promote_types(self.keys.dtype, torch.float32)
+        dtype = torch.promote_types(self.dtype, torch.float32)
         self.attention_received = torch.zeros(self.free_slots.shape, dtype=dtype, device=self.keys.device)
         self.observed_queries = queries
 
@@ -156,8 +238,13 @@ class BoundedCache:
     ) -> None:
         """Makes `rows` hold right-padded prompts and an empty window, whatever they held before."""
         tokens = keys.shape[3]
-        self.keys[:, rows, :, :tokens] = keys
-        self.values[:, rows, :, :tokens] = values
+        for (stored, scales), new in zip(self.stores(), (keys, values), strict=True):
+            if scales is None:
+                stored[:, rows, :, :tokens] = new
+            else:
+                rounded = to_float8(new)
+                as_bytes(stored)[:, rows, :, :tokens] = as_bytes(rounded.codes)
+                scales[:, rows, :, :tokens] = rounded.scales.to(scales.dtype)
         fresh = torch.full_like(self.positions[rows], -1)
         index = torch.arange(tokens, device=fresh.device)
         fresh[:, :tokens] = torch.where(index < lengths[:, None], index, -1)
@@ -195,11 +282,8 @@ class BoundedCache:
                 several in a row.
         """
         absolute = slots + self.prompt_slots
-        evicted = EvictedTokens(
-            keys=self.gather(self.keys, rows, absolute),
-            values=self.gather(self.values, rows, absolute),
-            positions=self.positions[rows].gather(1, absolute),
-        )
+        keys, values = (self.gather(store, rows, absolute) for store in self.stores())
+        evicted = EvictedTokens(keys, values, self.positions[rows].gather(1, absolute))
         self.positions[rows[:, None], absolute] = -1
         self.free_slots[rows[:, None], torch.arange(slots.shape[1], device=slots.device)] = slots
         self.cursor[rows] = 0
@@ -209,14 +293,36 @@ class BoundedCache:
                 self.attention_received[rows] = 0
         return evicted
 
-    @staticmethod
     def gather(
-        stored: Float[Tensor, "layers batch kv_heads slots head_dim"],
-        rows: Int[Tensor, " rows"],
-        slots: Int[Tensor, "rows evicted"],
+        self, store: tuple[Tensor, Tensor | None], rows: Int[Tensor, " rows"], slots: Int[Tensor, "rows evicted"]
     ) -> Float[Tensor, "layers rows evicted kv_dim"]:
-        """Tokens in `slots` of `rows`, heads concatenated."""
-        return stored.transpose(2, 3)[:, rows[:, None], slots].flatten(3)
+        """Tokens in `slots` of `rows` of a store, heads concatenated."""
+        stored, scales = store
+        by_slot = stored.transpose(2, 3), None if scales is None else scales.transpose(2, 3)
+        return self.wide(by_slot, (slice(None), rows[:, None], slots)).flatten(3)
+
+    def wide(self, store: tuple[Tensor, Tensor | None], where: tuple[int | slice | Tensor, ...]) -> Tensor:
+        """What a store of keys or values holds, in the dtype that computes; a view where nothing has to be made.
+
+        Args:
+            store: One of `stores()`.
+            where: Layers, sequences, key heads and slots.
+        """
+        stored, scales = store
+        if scales is None:
+            return stored[where]
+        return Float8Vectors(as_bytes(stored)[where].view(FLOAT8), scales[where]).wide(self.dtype)
+
+    def token_slots(self, attended_slots: int) -> tuple[TokenSlots, TokenSlots]:
+        """Where a step's keys and its values go, in every layer.
+
+        Args:
+            attended_slots: The first so many slots are handed back.
+        """
+        keys, values = (
+            TokenSlots.of(*store, attended_slots=attended_slots, dtype=self.dtype) for store in self.stores()
+        )
+        return keys, values
 
     def compact(self, rows: Int[Tensor, " rows"]) -> BoundedCache:
         """The given sequences moved to the front, a layer at a time, so that no second cache ever exists.
@@ -224,9 +330,9 @@ class BoundedCache:
         Args:
             rows: Ascending; what the others held is lost.
         """
-        for layer in range(self.keys.shape[0]):
-            self.keys[layer, : len(rows)] = self.keys[layer, rows]
-            self.values[layer, : len(rows)] = self.values[layer, rows]
+        for stored in (one for both in self.stores() for one in both if one is not None):
+            for layer in as_bytes(stored):
+                layer[: len(rows)] = layer[rows]
         for stored in (self.positions, self.prompt_lengths, self.free_slots, self.cursor):
             stored[: len(rows)] = stored[rows]
         if self.attention_received is not None:
@@ -240,6 +346,8 @@ class BoundedCache:
             self,
             keys=self.keys[:, rows],
             values=self.values[:, rows],
+            key_scales=None if self.key_scales is None else self.key_scales[:, rows],
+            value_scales=None if self.value_scales is None else self.value_scales[:, rows],
             positions=self.positions[rows],
             prompt_lengths=self.prompt_lengths[rows],
             free_slots=self.free_slots[rows],
@@ -249,5 +357,5 @@ class BoundedCache:
 
 
 def analytic_bytes(shape: CacheShape, *, batch: int, prompt_slots: int, window_slots: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that `batch` sequences take: batch x (prompt + window) x bytes of a token."""
+    """Bytes of keys and values that `batch` sequences take: batch x (prompt + window) x bytes of a stored token."""
     return batch * (prompt_slots + window_slots) * shape.token_bytes(dtype)

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from pte.method.adapter import INPUT_GROUPS, steer
+from pte.method.float8 import Float8Linear, to_float8
 from pte.model.policy import linear_of
 
 if TYPE_CHECKING:
@@ -134,6 +135,25 @@ class DecodeLayer:
         return hidden + self.down(self.activation(gate) * up, state)[0]
 
 
+class FrozenMaps:
+    """W x + bias of all maps of a layer that read the same x; float8 ones share its rounding.
+
+    Args:
+        maps: All plain, or all float8.
+    """
+
+    def __init__(self, maps: tuple[nn.Linear | Float8Linear, ...]) -> None:
+        self.plain = [(linear.weight.t(), linear.bias) for linear in maps if not isinstance(linear, Float8Linear)]
+        self.float8 = [linear for linear in maps if isinstance(linear, Float8Linear)]
+
+    def __call__(self, x: Float[Tensor, "batch in_features"]) -> list[Float[Tensor, "batch _"]]:
+        """Outputs of all maps."""
+        if self.float8:
+            rounded = to_float8(x)
+            return [linear.multiplied(rounded, dtype=x.dtype) for linear in self.float8]
+        return [torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.plain]
+
+
 class InputGroup:
     """W x + scale * A (S (B x)) of all maps of a layer that read the same x, as `ThoughtLinear` computes them.
 
@@ -143,8 +163,14 @@ class InputGroup:
         adapted: Places of the adapted ones in `maps`.
     """
 
-    def __init__(self, maps: tuple[nn.Linear, ...], weights: GroupWeights | None, *, adapted: tuple[int, ...]) -> None:
-        self.frozen = [(linear.weight.t(), linear.bias) for linear in maps]
+    def __init__(
+        self,
+        maps: tuple[nn.Linear | Float8Linear, ...],
+        weights: GroupWeights | None,
+        *,
+        adapted: tuple[int, ...],
+    ) -> None:
+        self.frozen = FrozenMaps(maps)
         self.down = None if weights is None else weights.down.t()
         self.ups = () if weights is None else tuple(zip(adapted, weights.ups, strict=True))
 
@@ -152,9 +178,7 @@ class InputGroup:
         self, x: Float[Tensor, "batch in_features"], state: Float[Tensor, "batch rank rank"] | None
     ) -> list[Float[Tensor, "batch _"]]:
         """Outputs of all maps; `state` is S^T of each row, or None for S = I."""
-        outputs = [
-            torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight) for weight, bias in self.frozen
-        ]
+        outputs = self.frozen(x)
         if self.down is None:
             return outputs
         low = torch.mm(x, self.down).view(x.shape[0], len(self.ups), -1)

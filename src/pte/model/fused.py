@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pte.method.adapter import AdapterWeights, ThoughtAdapter
     from pte.method.cache import BoundedCache
-    from pte.model.fused_weights import FusedGroup
+    from pte.model.fused_weights import Float8Group, FusedGroup
     from pte.model.policy import BoundedPolicy
 
 
@@ -112,7 +112,10 @@ class FusedDecodeStep:
         normed = self.first_norm(hidden)
         ends = filled_ends(cache.positions)
         for index, layer in enumerate(self.layers):
-            token = NewToken(cache.keys[index], cache.values[index], slots=slots, positions=positions)
+            scales = None
+            if cache.key_scales is not None and cache.value_scales is not None:
+                scales = cache.key_scales[index], cache.value_scales[index]
+            token = NewToken(cache.keys[index], cache.values[index], slots=slots, positions=positions, scales=scales)
             state = None if states is None else states[index]
             hidden, normed = layer(
                 hidden, normed, token=token, cached_positions=cache.positions, ends=ends, state=state
@@ -179,7 +182,13 @@ class FusedLayer:
         qkv, output, gate_up, down = self.products
         query = finish_qkv(qkv(normed), qkv.update(state), heads=self.heads, token=token)
         attended = decode_attention(
-            query, token.keys, values=token.values, positions=cached_positions, ends=ends, scaling=self.scaling
+            query,
+            token.keys,
+            values=token.values,
+            positions=cached_positions,
+            ends=ends,
+            scaling=self.scaling,
+            scales=token.scales,
         ).flatten(1)
         hidden, normed = finish_residual(
             output(attended),
@@ -198,7 +207,9 @@ class FusedLayer:
         )
 
 
-def products_of(groups: tuple[FusedGroup, ...], adapter: ThoughtAdapter | None, layer: int) -> list[FusedProduct]:
+def products_of(
+    groups: tuple[FusedGroup | Float8Group, ...], adapter: ThoughtAdapter | None, layer: int
+) -> list[FusedProduct]:
     """The products of a layer's input groups, with the lows of the maps that the adapter adapts."""
     if adapter is None:
         return [FusedProduct(group, adapted=(), rank=0) for group in groups]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pte.method.adapter import LINEAR_MAPS
 from pte.method.cache import CacheShape
+from pte.method.float8 import FLOAT8, MULTIPLE_OF, Float8Linear, float8_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -80,21 +81,63 @@ def load_base(
 
     Args:
         path: Directory with a Transformers checkpoint, or a hub name.
-        dtype: Of the weights.
+        dtype: Of the weights; float8_e4m3fn for linear maps in float8 (`round_to_float8`) and all else in bfloat16.
         device: Where the weights lie.
         trust_remote_code: Run code that the checkpoint brings along.
 
     Raises:
-        ValueError: The model is not supported (`check_supported`).
+        ValueError: The model is not supported (`check_supported`), or the device does not compute in float8.
         OSError: No checkpoint there.
     """
+    if dtype == FLOAT8 and (reason := float8_refusal(torch.device(device))) is not None:
+        raise ValueError(reason)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_supported(config)
     base = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        path,
+        config=config,
+        dtype=torch.bfloat16 if dtype == FLOAT8 else dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
     )
+    freeze(base)
+    if dtype == FLOAT8:
+        round_to_float8(base, device)
     base.to(device)  # type: ignore[arg-type]
-    return freeze(base)
+    return base
+
+
+def round_to_float8(base: PreTrainedModel, device: torch.device | str) -> None:
+    """Makes the linear maps of all layers float8, one after the other, so that no device ever holds two copies.
+
+    What it computes is another model than before, near it; policies of it keep keys and values in float8 as well.
+
+    Args:
+        base: Frozen, without an adapter.
+        device: Where the maps are rounded, and lie from then on.
+
+    Raises:
+        ValueError: The device cannot multiply float8, or not with maps of these sizes; the maps are not plain ones.
+    """
+    target = torch.device(device)
+    if (reason := float8_refusal(target)) is not None:
+        raise ValueError(reason)
+    for linear in linear_maps(base):
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"float8 is made of plain torch.nn.Linear, got {type(linear).__name__}; round a base once, and before "
+                f"an adapter is attached"
+            )
+        sizes = (linear.in_features, linear.out_features)
+        if target.type == "cuda" and any(size % MULTIPLE_OF for size in sizes):
+            raise ValueError(
+                f"dtype float8 needs linear maps whose sizes are multiples of {MULTIPLE_OF} on a GPU, got "
+                f"{sizes[0]} x {sizes[1]}; use dtype bfloat16"
+            )
+    for layer in base.get_decoder().layers:
+        for block, names in ((layer.self_attn, LINEAR_MAPS[:4]), (layer.mlp, LINEAR_MAPS[4:])):
+            for name in names:
+                setattr(block, name, Float8Linear(getattr(block, name).to(target)))
 
 
 def load_cache_shape(path: str | Path, *, trust_remote_code: bool = False) -> CacheShape:
@@ -125,6 +168,13 @@ def freeze(base: PreTrainedModel) -> PreTrainedModel:
             )
     base.requires_grad_(False)
     return base.eval()
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype that `load_base` takes, from its name in a configuration."""
+    dtype = FLOAT8 if name == "float8" else getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def linear_maps(base: PreTrainedModel) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from pte.method.adapter import LINEAR_MAPS, LayerSizes, ThoughtAdapter, ThoughtL
 from pte.method.cache import CacheShape
 from pte.method.eviction.policy import EvictionPolicy
 from pte.method.eviction.window import OldestFirst
+from pte.method.float8 import FLOAT8, Float8Linear
 from pte.method.schedule import EvictionSchedule
 
 if TYPE_CHECKING:
@@ -79,13 +80,23 @@ class BoundedPolicy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights, the keys and the values."""
+        """Of everything that is computed; of weights, keys and values too, unless they are kept in float8."""
         return self.base.dtype
 
     @property
     def vocab(self) -> int:
         """Tokens that can be drawn. As a stop token the id behind the last ends nothing, and is looked for like any."""
         return self.base.get_output_embeddings().weight.shape[0]
+
+    @property
+    def float8(self) -> bool:
+        """True where the base's linear maps are float8; the cache then keeps keys and values in float8 as well."""
+        return isinstance(linear_of(self.base.get_decoder().layers[0], "q_proj"), Float8Linear)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """In which the rollout stores keys and values."""
+        return FLOAT8 if self.float8 else self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +143,7 @@ def query_maps(base: PreTrainedModel) -> list[Float[Tensor, "kv_dim hidden"]]:
     """What the queries of each layer look for among keys: W_q, the mean over the heads that share a key head."""
     found = []
     for layer in base.get_decoder().layers:
-        weight = linear_of(layer, "q_proj").weight.detach()
+        weight = weight_of(linear_of(layer, "q_proj"), base.dtype)
         attention = layer.get_submodule("self_attn")
         kv_heads = linear_of(layer, "k_proj").out_features // attention.head_dim
         grouped = weight.view(kv_heads, -1, attention.head_dim, weight.shape[-1])
@@ -140,10 +151,15 @@ def query_maps(base: PreTrainedModel) -> list[Float[Tensor, "kv_dim hidden"]]:
     return found
 
 
-def linear_of(layer: nn.Module, name: str) -> nn.Linear:
+def linear_of(layer: nn.Module, name: str) -> nn.Linear | Float8Linear:
     """The frozen map of a layer, whether or not it is adapted: what adapts a map keeps it as `base`."""
     module = getattr(home_of(layer, name), name)
-    return module if isinstance(module, nn.Linear) else module.base
+    return module if isinstance(module, nn.Linear | Float8Linear) else module.base
+
+
+def weight_of(linear: nn.Linear | Float8Linear, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
+    """W of a frozen map; of a float8 one a wide copy in the given dtype."""
+    return linear.rounded.wide(dtype) if isinstance(linear, Float8Linear) else linear.weight.detach()
 
 
 def home_of(layer: nn.Module, name: str) -> nn.Module:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -177,12 +176,12 @@ def global_keys_values(
 ) -> tuple[Float[Tensor, "tokens kv_dim"], Float[Tensor, "tokens kv_dim"]]:
     """k_g and v_g in one layer: the frozen maps' projections of the global tokens, before any rotation."""
     key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
-    key = functional.linear(tokens, key_map.weight, key_map.bias)
+    key = key_map(tokens)
     attention = layer.get_submodule("self_attn")
     if hasattr(attention, "k_norm"):
         heads = key.unflatten(-1, (-1, attention.head_dim))
         key = attention.get_submodule("k_norm")(heads).flatten(-2)
-    return key, functional.linear(tokens, value_map.weight, value_map.bias)
+    return key, value_map(tokens)
 
 
 @timed("fold")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from pte.model.load import dtype_named
 from pte.plan.memory import PhaseMemory, PlannedPolicy, Workload
 from pte.plan.rollout_memory import rollout_memory
 from pte.plan.roofline import DecodeWork, attended_sum, step_bound_seconds, update_flops
@@ -90,12 +91,14 @@ def planned_policy(config: ExperimentConfig, sizes: ModelSizes, *, cuda: bool) -
     """
     adapter, schedule = config.adapter, config.cache.schedule
     assert adapter.kind != "none"
+    float8 = config.model.dtype == "float8"
     segments = 1
     if schedule.window_tokens is not None and schedule.evict_tokens is not None:
         segments = eviction_policy(config.cache).segments_per_stretch(schedule.window_tokens, schedule.evict_tokens)
     return PlannedPolicy(
         sizes=sizes,
-        dtype=getattr(torch, config.model.dtype),
+        dtype=torch.bfloat16 if float8 else dtype_named(config.model.dtype),
+        float8=float8,
         kind=adapter.kind,
         rank=adapter.rank,
         targets=adapter.targets,
@@ -231,7 +234,7 @@ def step_time(policy: PlannedPolicy, work: Workload, machine: Machine) -> StepTi
     """A training step at the roofline, every completion of full length."""
     if machine.rates is None:
         return None
-    decode = DecodeWork.of(policy.sizes, policy.dtype)
+    decode = DecodeWork.of(policy.sizes, policy.dtype, float8=policy.float8)
     entered = max(work.completion_tokens - 1, 1)
     attended = work.prompt_tokens + attended_sum(policy.schedule, range(entered)) / entered
     rows = min(work.slots, work.sequences)

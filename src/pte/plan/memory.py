@@ -14,6 +14,7 @@ import torch
 
 from pte.kernels.operands import padded_rank
 from pte.method.adapter import INPUT_GROUPS, AdapterKind
+from pte.method.float8 import FLOAT8
 from pte.method.schedule import EvictionSchedule
 from pte.plan.model_sizes import ModelSizes
 
@@ -42,7 +43,8 @@ class PlannedPolicy:
 
     Args:
         sizes: Of the base.
-        dtype: Of its weights, keys and values.
+        dtype: Of everything that is computed, and of what is kept unless `float8` says otherwise.
+        float8: Weights of the layers' linear maps, and keys and values of the rollout, are kept in float8.
         kind: Of the adapter.
         rank: Of A, B and S.
         targets: Adapted maps of every adapted layer.
@@ -55,6 +57,7 @@ class PlannedPolicy:
 
     sizes: ModelSizes
     dtype: torch.dtype
+    float8: bool
     kind: AdapterKind
     rank: int
     targets: tuple[str, ...]
@@ -65,8 +68,13 @@ class PlannedPolicy:
     cuda: bool
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values in the rollout's slots."""
+        return FLOAT8 if self.float8 else self.dtype
+
+    @property
     def token_bytes(self) -> int:
-        """Keys and values of one token over all layers."""
+        """Keys and values of one token over all layers, outside of the rollout's slots."""
         return self.sizes.cache_shape.token_bytes(self.dtype)
 
     @property
@@ -105,7 +113,13 @@ class PlannedPolicy:
     @property
     def weights_bytes(self) -> int:
         """The base, and on a GPU the spare rows in which its fused matrices hold B, with the padded A beside them."""
-        return (self.sizes.parameters + self.fused_numbers) * self.dtype.itemsize
+        wide = (self.sizes.parameters + self.fused_numbers) * self.dtype.itemsize
+        if not self.float8:
+            return wide
+        maps = self.sizes.maps.values()
+        numbers = self.sizes.layers * sum(inputs * outputs for inputs, outputs in maps)
+        scales = self.sizes.layers * sum(outputs for _, outputs in maps)
+        return wide - numbers * (self.dtype.itemsize - FLOAT8.itemsize) + scales * FLOAT32_BYTES
 
     @property
     def fused_numbers(self) -> int:

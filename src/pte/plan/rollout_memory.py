@@ -37,7 +37,7 @@ def rollout_memory(policy: PlannedPolicy, work: Workload) -> PhaseMemory:
         batch=rows,
         prompt_slots=work.prompt_tokens,
         window_slots=policy.schedule.kept_tokens(work.completion_tokens),
-        dtype=policy.dtype,
+        dtype=policy.cache_dtype,
     )
     columns = work.completion_tokens + 1
     rotations = (work.prompt_tokens + columns) * 2 * policy.sizes.head_dim * policy.dtype.itemsize

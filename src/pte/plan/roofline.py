@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from pte.method.cache import CacheShape
+from pte.method.float8 import FLOAT8
+
 if TYPE_CHECKING:
     from pte.method.schedule import EvictionSchedule
 
@@ -85,16 +88,23 @@ class DecodeWork:
     attention_flops: int
 
     @classmethod
-    def of(cls, shape: DecoderSizes, dtype: torch.dtype) -> DecodeWork:
-        """The work of a shape."""
+    def of(cls, shape: DecoderSizes, dtype: torch.dtype, *, float8: bool = False) -> DecodeWork:
+        """The work of a shape.
+
+        Args:
+            shape: Of the base.
+            dtype: Of weights, keys and values.
+            float8: The linear maps of the layers, keys and values are float8 instead; the head is not.
+        """
+        kept = FLOAT8 if float8 else dtype
         attention = 2 * shape.hidden_size * (shape.heads + shape.kv_heads) * shape.head_dim
         layers = shape.layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
         head = shape.vocab * shape.hidden_size
         return cls(
             layer_parameters=layers,
             head_parameters=head,
-            weight_bytes=(layers + head) * dtype.itemsize,
-            kv_token_bytes=2 * shape.layers * shape.kv_dim * dtype.itemsize,
+            weight_bytes=layers * kept.itemsize + head * dtype.itemsize,
+            kv_token_bytes=CacheShape(shape.layers, shape.kv_heads, shape.head_dim).token_bytes(kept),
             attention_flops=4 * shape.heads * shape.head_dim * shape.layers,
         )
 

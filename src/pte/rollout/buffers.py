@@ -85,6 +85,7 @@ class DecodeBuffers:
             window_slots=policy.schedule.kept_tokens(max_new_tokens),
             dtype=policy.dtype,
             device=device,
+            float8=policy.float8,
         )
         states = None if first is None else first[:, None].repeat(1, rows, 1, 1)
         reads = read_state(policy, states)

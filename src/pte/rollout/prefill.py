@@ -98,7 +98,7 @@ class PromptReader:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         # Causal without a mask: padding comes after the prompt, so that no prompt token sees it.
-        attention = StretchAttention(None, None, mask=None, segments=1)
+        attention = StretchAttention(None, None, mask=None, segments=1, float8=policy.float8)
         first = None if self.first is None else self.first[:, None].expand(-1, len(prompts), -1, -1)
         reads = controlled(read_state(policy, first), self.state_control)
         hidden = run_layers(

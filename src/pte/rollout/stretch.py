@@ -84,6 +84,7 @@ def run_stretch(
         mask=inputs.mask,
         segments=inputs.segments,
         observer=inputs.observer,
+        float8=policy.float8,
     )
     hidden = run_layers(
         policy,

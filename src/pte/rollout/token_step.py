@@ -159,9 +159,10 @@ def decode_forward(
 def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
     if policy.device.type != "cuda":
-        return "eager"
+        return f"eager, float8 emulated on {policy.device.type}" if policy.float8 else "eager"
+    graph = "CUDA graph, float8" if policy.float8 else "CUDA graph"
     reason = fused_refusal(policy)
-    return "fused kernels, CUDA graph" if reason is None else f"eager, CUDA graph ({reason})"
+    return f"fused kernels, {graph}" if reason is None else f"eager, {graph} ({reason})"
 
 
 def controlled(

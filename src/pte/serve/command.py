@@ -66,7 +66,7 @@ class ServeSettings:
     max_new_tokens: int
     top_logprobs: int
     api_key: str | None
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16", "float8"]
     device: str
     trust_remote_code: bool
     allow_beyond_trained_positions: bool

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from pte.checkpoint_files import check_adapter_fits
 from pte.config_policy import CacheConfig
 from pte.method.adapter import ThoughtAdapter
-from pte.model.load import end_token_ids, load_base, load_tokenizer
+from pte.model.load import dtype_named, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, layer_sizes
 from pte.peft_folder import check_tensors_fit, load_any_adapter, saved_budget
 from pte.rollout.generate import RolloutEngine
@@ -115,7 +113,7 @@ def load_models(
         raise ValueError(f"an adapter must not have the name of the base, got {model.path!r}; write NAME=PATH")
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code)
     base = load_base(
-        path, dtype=getattr(torch, model.dtype), device=model.device, trust_remote_code=model.trust_remote_code
+        path, dtype=dtype_named(model.dtype), device=model.device, trust_remote_code=model.trust_remote_code
     )
     alone = BoundedPolicy(base, None, cache.schedule, eviction_policy(cache))
     policies = {model.path: alone}

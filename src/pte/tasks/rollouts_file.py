@@ -61,7 +61,7 @@ def rollout_row(
         "logprobs": rollout.rollout_logprobs.tolist(),
         "window_tokens": schedule.window_tokens,
         "evict_tokens": schedule.evict_tokens,
-        "token_bytes": policy.cache_shape.token_bytes(policy.dtype),
+        "token_bytes": policy.cache_shape.token_bytes(policy.cache_dtype),
         "state_bytes": inspected.state_bytes,
         "first_state_norm": plain(inspected.first_state_norm),
         "evictions": [

@@ -115,13 +115,14 @@ def kept_tokens(
         eviction_index: How many evictions each of them had before.
         stream_seeds: Of each of them.
     """
-    prompt = cache.prompt_slots
+    window = (slice(None), rows, slice(None), slice(cache.prompt_slots, None))
+    keys, values = cache.stores()
     received = cache.attention_received if needs.attention is not None else None
     return KeptTokens(
         token_indices=cache.token_indices()[rows],
         eviction_index=eviction_index,
         stream_seeds=stream_seeds,
         attention_received=None if received is None else received[rows],
-        keys=cache.keys[:, rows, :, prompt:].detach() if needs.keys else None,
-        values=cache.values[:, rows, :, prompt:].detach() if needs.values else None,
+        keys=cache.wide(keys, window).detach() if needs.keys else None,
+        values=cache.wide(values, window).detach() if needs.values else None,
     )
