@@ -16,6 +16,7 @@ from pte.learn.grpo import GrpoStage
 from pte.learn.stage import peak_memory_bytes
 from pte.learn.trainer import build_stages
 from pte.method.cache import analytic_bytes
+from pte.ranks import ALONE, Ranks
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
 from pte.session import check_problems, open_session
@@ -24,19 +25,24 @@ if TYPE_CHECKING:
     from pte.config import ExperimentConfig
 
 
-def dry_run(config: ExperimentConfig) -> str:
+def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> str:
     """Runs the worst case of every stage once and says what it took.
+
+    Args:
+        config: What would run.
+        ranks: Processes that would share it; each runs the worst case of its share.
 
     Raises:
         ValueError: The configuration does not fit, as for a real run.
         RuntimeError: Out of memory; the message says what to lower.
     """
     config.check_trainable()
-    session = open_session(config)
+    session = open_session(config, ranks=ranks)
     policy, limit = session.policy, config.rollout.max_new_tokens
     check_problems(session, config)
     longest = session.task.longest_prompt()
-    sequences = min(config.rollout.slots, config.train.prompts_per_step * config.train.group_size)
+    groups = -(-config.train.prompts_per_step // ranks.size)
+    sequences = min(config.rollout.slots, groups * config.train.group_size)
     lines = [
         f"worst case: prompt {len(longest)} tokens (the longest of the training problems), completion "
         f"{limit} tokens, {sequences} sequences at once"

@@ -22,6 +22,7 @@ from pte.method.eviction.registry import make_policy
 from pte.model.load import check_positions, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
 from pte.peft_folder import check_tensors_fit, load_any_adapter
+from pte.ranks import ALONE, Ranks
 from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES
 from pte.tasks.task import Task, generated_task, jsonl_task
@@ -45,11 +46,13 @@ class Session:
         base_name: As the configuration names it.
         policy: Base, adapter, budget.
         task: Problems and scoring.
+        ranks: Processes that share its work.
     """
 
     base_name: str
     policy: BoundedPolicy
     task: Task
+    ranks: Ranks = ALONE
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's parameters, on the CPU."""
@@ -104,8 +107,12 @@ def base_fingerprint(base: PreTrainedModel) -> str:
     return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
 
 
-def open_session(config: ExperimentConfig) -> Session:
+def open_session(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> Session:
     """Loads the base, attaches the adapter, opens the task.
+
+    Args:
+        config: What of it.
+        ranks: Processes that share the work; each has the whole base, and the adapter of rank 0.
 
     Raises:
         ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
@@ -123,11 +130,12 @@ def open_session(config: ExperimentConfig) -> Session:
             f"model.path must name a directory with a Transformers checkpoint, or one on the hub, got "
             f"{config.model.path!r} ({str(error).splitlines()[0]}); check the path"
         ) from error
+    device = ranks.device(config.model.device)
     task = open_task(config, tokenizer)
     base = load_base(
         path,
         dtype=getattr(torch, config.model.dtype),
-        device=config.model.device,
+        device=device,
         trust_remote_code=config.model.trust_remote_code,
     )
     task = replace(task, more_stop_token_ids=end_token_ids(base))
@@ -137,9 +145,12 @@ def open_session(config: ExperimentConfig) -> Session:
         adapter = new_adapter(options, base, seed=config.run.seed)
         attach_adapter(base, adapter)
     policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
-    session = Session(base_name=config.model.path, policy=policy, task=task)
+    session = Session(base_name=config.model.path, policy=policy, task=task, ranks=ranks)
     if config.adapter.checkpoint is not None:
         session.start_adapter(config.adapter.checkpoint)
+    if adapter is not None:
+        # Made from the same seed, but perhaps on processors that round otherwise.
+        ranks.copy_from_first(list(adapter.parameters()))
     return session
 
 

@@ -19,7 +19,7 @@ from pte.config_file import SECTIONS
 from pte.config_rules import FieldValue
 from pte.evidence.cost import warmup_tokens
 from pte.evidence.step import CostStep
-from pte.learn.grpo import ScoredRollout
+from pte.learn.scored import ScoredRollout
 
 
 def main(request: str) -> None:

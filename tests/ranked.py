@@ -1,0 +1,129 @@
+"""Work for several ranks, and processes that do it: two on one CPU, connected by gloo."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from killed import warm_processes
+from pte.learn.stage import TIMING_METRICS
+from pte.learn.trainer import build_stages
+from pte.ranks import Ranks, open_ranks
+from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
+from short_runs import odd_ids, open_short, parameters, rewarded
+
+Result = TypeVar("Result")
+Steps = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[list[int]]]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def on_ranks(work: Callable[[Ranks], Result], *, size: int = 2) -> list[Result | str]:
+    """What the work of each rank returned, or the words of the error that ended it."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        processes = [
+            warm_processes().Process(target=be_rank, args=(work, rank, size, port, directory)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(90)
+            assert process.exitcode is not None, "a rank waits for ever"
+        return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(size)]
+
+
+def be_rank(work: Callable[[Ranks], object], rank: int, size: int, port: int, directory: str) -> None:
+    """Works as one of several ranks, in this process."""
+    torch.set_num_threads(1)
+    os.environ.update(launched(rank, size, port))
+    try:
+        with open_ranks() as ranks:
+            result = work(ranks)
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    (Path(directory) / str(rank)).write_bytes(pickle.dumps(result))
+
+
+def launched(rank: int, size: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a process."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def do_steps(ranks: Ranks, changes: Mapping[str, object], reward: Callable[..., list[float]] = odd_ids) -> Steps:
+    """All steps of all stages in float64: the adapter, the metrics and the lengths of the completions.
+
+    Every ninth token ends a completion, so that they end anywhere.
+    """
+    config, session = open_short(**changes)
+    session = replace(rewarded(session, reward), ranks=ranks)
+    session = replace(session, task=replace(session.task, more_stop_token_ids=tuple(range(5, 90, 9))))
+    metrics, completions = [], []
+    for stage in build_stages(session, config):
+        for index in range(stage.steps):
+            result = stage.step(index)
+            unlike = (*TIMING_METRICS, "cache_bytes")
+            metrics.append({key: value for key, value in result.metrics.items() if key not in unlike})
+            completions.append([int(row["tokens"]) for row in result.completions])
+    return parameters(session), metrics, completions
+
+
+def do_evaluation(ranks: Ranks, changes: Mapping[str, object]) -> tuple[Evaluation, list[EvaluatedCompletion]]:
+    """Scores of the embedded task."""
+    config, session = open_short(**changes)
+    return evaluate_session(replace(session, ranks=ranks), config, name="chained")
+
+
+def disagree(ranks: Ranks, kind: type[Exception], rank: int) -> object:
+    """Words between ranks, of which one fails."""
+
+    def work() -> int:
+        if ranks.rank == rank:
+            raise kind("no more")
+        return ranks.rank
+
+    return ranks.together(work, stop=ValueError)
+
+
+def deal(ranks: Ranks, count: int) -> tuple[list[int], list[int], list[int]]:
+    """Items dealt out and collected; gradients added where only some ranks have them."""
+    own = ranks.share(range(count))
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2,), 1.0 + ranks.rank)
+    if ranks.first:
+        parameters[1].grad = torch.full((2,), 5.0)
+    ranks.sum_gradients(parameters)
+    sums = [-1 if parameter.grad is None else int(parameter.grad[0]) for parameter in parameters]
+    return own, ranks.whole(ranks.gather(own)), sums
+
+
+CALLS: list[int] = []
+
+
+def deadly_for_rank_1(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """The same for the command, which asks once before the first step."""
+    CALLS.append(1)
+    if len(CALLS) == 4 and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return odd_ids(completion_ids)
