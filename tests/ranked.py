@@ -18,11 +18,32 @@ from killed import warm_processes
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import build_stages
 from pte.ranks import Ranks, open_ranks
+from pte.session import Session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
 from short_runs import odd_ids, open_short, parameters, rewarded
 
 Result = TypeVar("Result")
 Steps = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[list[int]]]
+
+# Traces of 24 tokens, evictions before tokens 8, 12, 16, 20; hot, so that completions end anywhere. Three groups of
+# three on two ranks: shares are never equal, and one group in four ties and is sampled again.
+GRPO = {
+    "distill__steps": 1,
+    "distill__batch_size": 3,
+    "distill__micro_batch_size": 2,
+    "task__num_statements": 2,
+    "cache__window_tokens": 8,
+    "rollout__max_new_tokens": 26,
+    "rollout__temperature": 1.5,
+    "train__steps": 3,
+    "train__prompts_per_step": 3,
+    "train__group_size": 3,
+    "train__minibatches_per_step": 3,
+    "train__micro_batch_size": 2,
+    "train__dynamic_sampling": True,
+    "train__kl_beta": 0.1,
+    "train__weight_decay": 0.01,
+}
 
 
 def free_port() -> int:
@@ -71,7 +92,12 @@ def launched(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def do_steps(ranks: Ranks, changes: Mapping[str, object], reward: Callable[..., list[float]] = odd_ids) -> Steps:
+def do_steps(
+    ranks: Ranks,
+    changes: Mapping[str, object],
+    reward: Callable[..., list[float]] = odd_ids,
+    shards: bool = False,
+) -> Steps:
     """All steps of all stages in float64: the adapter, the metrics and the lengths of the completions.
 
     Every ninth token ends a completion, so that they end anywhere.
@@ -79,6 +105,8 @@ def do_steps(ranks: Ranks, changes: Mapping[str, object], reward: Callable[..., 
     config, session = open_short(**changes)
     session = replace(rewarded(session, reward), ranks=ranks)
     session = replace(session, task=replace(session.task, more_stop_token_ids=tuple(range(5, 90, 9))))
+    if shards:
+        session = sharded(session, ranks)
     metrics, completions = [], []
     for stage in build_stages(session, config):
         for index in range(stage.steps):
@@ -127,3 +155,12 @@ def deadly_for_rank_1(completion_ids: list[list[int]], **_: object) -> list[floa
     if len(CALLS) == 4 and os.environ.get("RANK") == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return odd_ids(completion_ids)
+
+
+def sharded(session: Session, ranks: Ranks) -> Session:
+    """The same session with the base's layers in shards."""
+    from pte.model.sharding import ShardedLayers, place_sharded
+
+    layers = ShardedLayers(ranks, device=torch.device("cpu"))
+    place_sharded(session.policy.base, layers, device=torch.device("cpu"))
+    return replace(session, policy=replace(session.policy, sharded=layers))

@@ -98,10 +98,10 @@ def train_command(arguments: TrainArguments, console: Console, *, ranks: Ranks) 
     """Warm start and GRPO, then the evaluation; writes summary.json, rollouts.json and curve.png."""
     config = arguments.experiment
     if arguments.dry_run:
-        console.print(dry_run(config, ranks=ranks))
+        console.print(dry_run(config, ranks=ranks, shard_base=arguments.shard_base))
         return
     started = time.perf_counter()
-    run = open_run(config, ranks=ranks)
+    run = open_run(config, ranks=ranks, shard_base=arguments.shard_base)
     adapter = run.session.policy.adapter
     assert adapter is not None
     processes = "" if ranks.size == 1 else f" of each of {ranks.size} ranks"

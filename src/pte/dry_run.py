@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from pte.config import ExperimentConfig
 
 
-def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> str:
+def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool = False) -> str:
     """Runs the worst case of every stage once and says what it took.
 
     Args:
         config: What would run.
         ranks: Processes that would share it; each runs the worst case of its share.
+        shard_base: The base's layers lie in shards on them.
 
     Raises:
         ValueError: The configuration does not fit, as for a real run.
         RuntimeError: Out of memory; the message says what to lower.
     """
     config.check_trainable()
-    session = open_session(config, ranks=ranks)
+    session = open_session(config, ranks=ranks, shard_base=shard_base)
     policy, limit = session.policy, config.rollout.max_new_tokens
     check_problems(session, config)
     longest = session.task.longest_prompt()

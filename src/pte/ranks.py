@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -175,6 +176,13 @@ class Ranks:
             for parameter, gradient in zip(moved, flat.split([one.numel() for one in moved]), strict=True):
                 parameter.grad = gradient.view_as(parameter).clone()
 
+    def turns(self) -> Iterator[None]:
+        """One turn, while no other rank of this machine has its own; it ends when all have had theirs."""
+        for turn in range(max(self.gather(self.local_size))):
+            if turn == self.local_rank:
+                yield
+            self.gather(None)
+
     def ready(self) -> None:
         """Pays what is owed to the others before this rank waits for them."""
         if self.before_words is not None:
@@ -254,8 +262,9 @@ def _watched() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RankLost):
             raise
-        # The launcher will tell this process to end as well: once is enough.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # The launcher will tell this process to end as well: once is enough. Backward passes on a GPU have a thread.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise RankLost(f"another rank has ended or cannot be reached ({str(error).splitlines()[0]})") from error
 
 

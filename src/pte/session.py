@@ -107,16 +107,22 @@ def base_fingerprint(base: PreTrainedModel) -> str:
     return fingerprint_of_base(base.config.to_dict(), {"embedding": weight[:FINGERPRINT_ROWS]})
 
 
-def open_session(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> Session:
+def open_session(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool = False) -> Session:
     """Loads the base, attaches the adapter, opens the task.
 
     Args:
         config: What of it.
-        ranks: Processes that share the work; each has the whole base, and the adapter of rank 0.
+        ranks: Processes that share the work; each has the adapter of rank 0.
+        shard_base: Each has a share of the base's layers, where it would have the whole base.
 
     Raises:
         ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
     """
+    if shard_base and ranks.size == 1:
+        raise ValueError(
+            "--shard-base needs several processes to hold the shards, got 1; start with torchrun or accelerate launch, "
+            "or leave it out"
+        )
     path = str(embedded_model_dir()) if config.model.path == "embedded" else config.model.path
     if config.adapter.checkpoint is not None and config.adapter.kind == "none":
         raise ValueError(
@@ -130,28 +136,55 @@ def open_session(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> Session:
             f"model.path must name a directory with a Transformers checkpoint, or one on the hub, got "
             f"{config.model.path!r} ({str(error).splitlines()[0]}); check the path"
         ) from error
-    device = ranks.device(config.model.device)
+    device = torch.device(ranks.device(config.model.device))
     task = open_task(config, tokenizer)
+    policy = sharded_policy(path, config, ranks, device=device) if shard_base else load_policy(path, config, device)
+    task = replace(task, more_stop_token_ids=end_token_ids(policy.base))
+    session = Session(base_name=config.model.path, policy=policy, task=task, ranks=ranks)
+    if config.adapter.checkpoint is not None:
+        session.start_adapter(config.adapter.checkpoint)
+    if policy.adapter is not None:
+        # Made from the same seed, but perhaps on processors that round otherwise.
+        ranks.copy_from_first(list(policy.adapter.parameters()))
+    return session
+
+
+def load_policy(path: str, config: ExperimentConfig, device: torch.device) -> BoundedPolicy:
+    """The policy of a configuration, its adapter fresh.
+
+    Args:
+        path: Of the base.
+        config: Model, adapter, cache.
+        device: Of the base.
+    """
     base = load_base(
         path,
         dtype=getattr(torch, config.model.dtype),
         device=device,
         trust_remote_code=config.model.trust_remote_code,
     )
-    task = replace(task, more_stop_token_ids=end_token_ids(base))
     adapter = None
-    options = config.adapter
-    if options.kind != "none":
-        adapter = new_adapter(options, base, seed=config.run.seed)
+    if config.adapter.kind != "none":
+        adapter = new_adapter(config.adapter, base, seed=config.run.seed)
         attach_adapter(base, adapter)
-    policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
-    session = Session(base_name=config.model.path, policy=policy, task=task, ranks=ranks)
-    if config.adapter.checkpoint is not None:
-        session.start_adapter(config.adapter.checkpoint)
-    if adapter is not None:
-        # Made from the same seed, but perhaps on processors that round otherwise.
-        ranks.copy_from_first(list(adapter.parameters()))
-    return session
+    return BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
+
+
+def sharded_policy(path: str, config: ExperimentConfig, ranks: Ranks, *, device: torch.device) -> BoundedPolicy:
+    """The same with the base's layers in shards on the ranks' devices.
+
+    The ranks of a machine load in turns: its memory holds one whole base at a time.
+    """
+    from pte.model.sharding import ShardedLayers, place_sharded
+
+    sharded, policy = ShardedLayers(ranks, device=device), None
+    for _ in ranks.turns():
+        policy = load_policy(path, config, torch.device("cpu"))
+        place_sharded(policy.base, sharded, device=device)
+        if policy.adapter is not None:
+            policy.adapter.to(device)
+    assert policy is not None, "every rank has its turn"
+    return replace(policy, sharded=sharded)
 
 
 def new_adapter(options: AdapterConfig, base: PreTrainedModel, *, seed: int) -> ThoughtAdapter:

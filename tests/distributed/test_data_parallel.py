@@ -1,4 +1,4 @@
-"""Two processes are one: the same rollouts, steps, scores; however unequal their work; and none waits for a dead one."""
+"""Two processes are one: the same rollouts, steps and scores, however unequal their shares of the work."""
 
 from __future__ import annotations
 
@@ -8,30 +8,10 @@ import pytest
 
 from pte.learn.optimizer import TrainingStopped
 from pte.ranks import ALONE, launched_size
-from ranked import deal, disagree, do_evaluation, do_steps, launched, on_ranks
+from ranked import GRPO, deal, disagree, do_evaluation, do_steps, launched, on_ranks
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
 pytestmark = pytest.mark.system
-
-# Traces of 24 tokens, evictions before tokens 8, 12, 16, 20; hot, so that completions end anywhere. Three groups of
-# three on two ranks: shares are never equal, and one group in four ties and is sampled again.
-GRPO = {
-    "distill__steps": 1,
-    "distill__batch_size": 3,
-    "distill__micro_batch_size": 2,
-    "task__num_statements": 2,
-    "cache__window_tokens": 8,
-    "rollout__max_new_tokens": 26,
-    "rollout__temperature": 1.5,
-    "train__steps": 3,
-    "train__prompts_per_step": 3,
-    "train__group_size": 3,
-    "train__minibatches_per_step": 3,
-    "train__micro_batch_size": 2,
-    "train__dynamic_sampling": True,
-    "train__kl_beta": 0.1,
-    "train__weight_decay": 0.01,
-}
 
 
 @pytest.mark.parametrize(

@@ -170,19 +170,20 @@ def make_optimizer(
     )
 
 
-def open_run(config: ExperimentConfig, *, ranks: Ranks = ALONE) -> Run:
+def open_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool = False) -> Run:
     """Builds a run, or the one that is resumed, up to its last checkpoint.
 
     Args:
         config: What it is.
         ranks: Processes that share it; however many there were before.
+        shard_base: The base's layers lie in shards on them.
 
     Raises:
         FileExistsError, FileNotFoundError: The run directory is taken, or there is none to resume.
         ValueError: The configuration, the model, the data or the checkpoint do not fit.
     """
     config.check_trainable()
-    session = open_session(config, ranks=ranks)
+    session = open_session(config, ranks=ranks, shard_base=shard_base)
     stages = build_stages(session, config)
     if not stages:
         raise ValueError("a run must have steps, got 0 in distill and in train; set distill.steps or train.steps")

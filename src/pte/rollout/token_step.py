@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from pte.method.attention import DecodeAttention
 from pte.method.observe import AttentionObserver
-from pte.model.decode import DecodeStep
+from pte.model.decode import DecodeStep, ShardedDecodeStep
 from pte.model.fused_support import fused_refusal
 from pte.rollout.sampling import token_logprobs
 
@@ -63,7 +63,8 @@ class TokenStep:
         self.state_control: StateControl = state_control
         self.observes = observes
         # Sums of observed attention are tensors of their own at every step: nothing to replay.
-        self.captures = policy.device.type == "cuda" and not observes
+        # Which layer of a sharded base is gathered next is agreed on the host.
+        self.captures = policy.device.type == "cuda" and not observes and policy.sharded is None
         self.replayed: Callable[[], None] | None = None
         self.warm = False
 
@@ -148,6 +149,8 @@ def decode_forward(
         weights: `adapter_weights(policy)`.
         num_positions: All positions are below this.
     """
+    if policy.sharded is not None:
+        return ShardedDecodeStep(policy, weights)
     if fused_refusal(policy) is not None:
         return DecodeStep(policy, weights, num_positions=num_positions)
     from pte.model.fused import FusedDecodeStep
@@ -157,6 +160,8 @@ def decode_forward(
 
 def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
+    if policy.sharded is not None:
+        return "eager, one layer whole at a time (a base in shards has no fused decode step)"
     if policy.device.type != "cuda":
         return "eager"
     graph = "" if policy.records_evictions and policy.eviction.needs.attention is not None else ", CUDA graph"
