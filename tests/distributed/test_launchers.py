@@ -23,7 +23,7 @@ pytestmark = pytest.mark.system
 RUN = {
     "distill__steps": 1,
     "task__num_statements": 2,
-    "task__reward": "ranked:deadly_for_rank_1",
+    "rollout__temperature": 1.5,
     "cache__window_tokens": 8,
     "rollout__max_new_tokens": 26,
     "train__steps": 3,
@@ -32,19 +32,13 @@ RUN = {
     "eval__problems": 3,
     "eval__max_new_tokens": 26,
 }
-TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port")
-ACCELERATE = (
-    "accelerate.commands.launch",
-    "--cpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--main_process_port",
-)
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+# With --cpu it starts one process, or needs MPI for more; with --multi_gpu torchrun's, on whatever model.device says.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
 
 
-def launch(launcher: tuple[str, ...], *words: str, home: Path) -> subprocess.CompletedProcess[str]:
+def launch(launcher: list[str], *words: str, home: Path) -> subprocess.CompletedProcess[str]:
     """The command as two processes of a launcher."""
     tests = Path(__file__).parents[1]
     paths = [str(tests.parent / "src"), str(tests), os.environ.get("PYTHONPATH", "")]
@@ -65,15 +59,15 @@ def tokens_of(run: Path) -> list[int]:
     return [json.loads(line)["tokens"] for line in (run / "completions.jsonl").read_text().splitlines()]
 
 
-def flags(directory: Path, name: str, **changes: object) -> list[str]:
-    return short_flags(**RUN, run__output_dir=directory, run__name=name, **changes)
+def flags(directory: Path, *, reward: str = "short_runs:odd_ids", **changes: object) -> list[str]:
+    return short_flags(**RUN, task__reward=reward, run__output_dir=directory, run__name="run", **changes)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     directory = tmp_path_factory.mktemp("alone")
-    assert main(["train", *flags(directory, "run")]) == 0
+    assert main(["train", *flags(directory)]) == 0
     return directory / "run"
 
 
@@ -88,13 +82,9 @@ def assert_same_run(one: Path, alone: Path) -> None:
 
 
 def test_accelerate_launch_makes_one_run_of_two_processes(alone: Path, tmp_path: Path) -> None:
-    # A rank that dies at its fourth reward would not get here.
-    words = flags(tmp_path, "run", task__reward="exact", run__log_with=("tensorboard",))
-    reference = flags(tmp_path, "alone", task__reward="exact")
-    assert main(["train", *reference]) == 0
-    done = launch(ACCELERATE, "train", *words, home=tmp_path)
+    done = launch(ACCELERATE, "train", *flags(tmp_path, run__log_with=("tensorboard",)), home=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", alone)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4], "one rank alone writes"
@@ -105,7 +95,7 @@ def test_accelerate_launch_makes_one_run_of_two_processes(alone: Path, tmp_path:
 def test_a_killed_rank_ends_the_run_with_words_and_one_process_goes_on_from_its_checkpoint(
     alone: Path, tmp_path: Path
 ) -> None:
-    words = flags(tmp_path, "run")
+    words = flags(tmp_path, reward="ranked:deadly_for_rank_1")
     started = time.monotonic()
     died = launch(TORCHRUN, "train", *words, home=tmp_path)
     assert died.returncode != 0 and time.monotonic() - started < 90

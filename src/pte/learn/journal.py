@@ -81,6 +81,7 @@ class open_trackers:
         return lambda metrics, step: accelerator.log(dict(metrics), step=step)
 
     def __exit__(self, *_: object) -> None:
-        """Closes the trackers."""
+        """Closes the trackers; accelerate's own way out would close the connections of the ranks, too."""
         if self.accelerator is not None:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
