@@ -7,18 +7,23 @@ import pickle
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from killed import warm_processes
+from pte.arguments import TrainArguments
+from pte.cli import parse
+from pte.commands import train_command
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import build_stages
 from pte.ranks import Ranks, open_ranks
-from pte.session import Session
+from pte.session import Session, open_session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
 from short_runs import odd_ids, open_short, parameters, rewarded
 
@@ -63,8 +68,11 @@ def on_ranks(work: Callable[[Ranks], Result], *, size: int = 2) -> list[Result |
         for process in processes:
             process.start()
         for process in processes:
-            process.join(90)
-            assert process.exitcode is not None, "a rank waits for ever"
+            process.join(60)
+        waiting = [process for process in processes if process.exitcode is None]
+        for process in waiting:
+            process.kill()
+        assert not waiting, "a rank waits for ever"
         return [pickle.loads((Path(directory) / str(rank)).read_bytes()) for rank in range(size)]
 
 
@@ -163,4 +171,19 @@ def sharded(session: Session, ranks: Ranks) -> Session:
 
     layers = ShardedLayers(ranks, device=torch.device("cpu"))
     place_sharded(session.policy.base, layers, device=torch.device("cpu"))
+    layers.begin()
     return replace(session, policy=replace(session.policy, sharded=layers))
+
+
+def do_command(ranks: Ranks, words: Sequence[str]) -> dict[str, int]:
+    """`pte train` on these ranks, and the bytes of the base that lie whole and in shards on this one."""
+    arguments = parse("train", words)
+    assert isinstance(arguments, TrainArguments)
+    train_command(arguments, Console(quiet=True), ranks=ranks)
+    base = open_session(arguments.experiment, ranks=ranks, shard_base=arguments.shard_base).policy.base
+    layers = set(base.get_decoder().layers.parameters())
+    sizes = {"whole": 0, "shards": 0}
+    for parameter in base.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        sizes["shards" if parameter in layers else "whole"] += local.nbytes
+    return sizes

@@ -184,6 +184,7 @@ def sharded_policy(path: str, config: ExperimentConfig, ranks: Ranks, *, device:
         if policy.adapter is not None:
             policy.adapter.to(device)
     assert policy is not None, "every rank has its turn"
+    sharded.begin()
     return replace(policy, sharded=sharded)
 
 

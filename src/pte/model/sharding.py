@@ -30,7 +30,7 @@ NOTHING = 2**31
 
 
 class ShardedLayers:
-    """Decoder layers in shards, from `shard` on.
+    """Decoder layers in shards: `shard` on each rank, then `begin` on all.
 
     Args:
         ranks: Several processes. Before they exchange words, they let each other finish with the layers.
@@ -38,6 +38,7 @@ class ShardedLayers:
     """
 
     def __init__(self, ranks: Ranks, *, device: torch.device) -> None:
+        ranks.ready()
         self.ranks = ranks
         self.mesh = init_device_mesh(device.type, (ranks.size,))
         self.layers: list[FSDPModule] = []
@@ -53,6 +54,9 @@ class ShardedLayers:
             sharded = fully_shard(layer, mesh=self.mesh)
             assert isinstance(sharded, FSDPModule)
             self.layers.append(sharded)
+
+    def begin(self) -> None:
+        """From here on layers can be fetched; all ranks have their shards and begin at the same place."""
         self.ranks.before_words = self.rest
 
     def fetch(self, index: int) -> None:
