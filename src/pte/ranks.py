@@ -35,6 +35,7 @@ IGNORED_BY_US = {
     "ACCELERATE_USE_FSDP": ("false", "pte shards a base by --shard-base"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "pte shards a base by --shard-base"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "pte shards a base by --shard-base"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "pte has kernels of its own and compiles no model"),
     "ACCELERATE_MIXED_PRECISION": ("no", "the base's dtype is model.dtype, the adapter is float32"),
 }
 
@@ -72,7 +73,7 @@ class Ranks:
         """Where a rank computes: with several ranks, `cuda` is the GPU of its own.
 
         Raises:
-            ValueError: Several ranks would share a device that is named for all of them.
+            ValueError: Several ranks would share a device that is named for all of them, or there are too few GPUs.
         """
         if self.size == 1 or name == "cpu":
             return name
@@ -80,6 +81,11 @@ class Ranks:
             raise ValueError(
                 f"model.device must be 'cuda' or 'cpu' with {self.size} ranks, got {name!r}; with 'cuda' each rank "
                 f"takes the GPU of its number"
+            )
+        if self.local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"model.device 'cuda' needs a GPU for each process of a machine, got {gpus} for {self.local_size}; "
+                f"start as many processes as GPUs, or set model.device to 'cpu'"
             )
         return f"cuda:{self.local_rank}"
 
@@ -102,7 +108,7 @@ class Ranks:
             return [value]
         self.ready()
         values: list[Value | None] = [None] * self.size
-        with _watched():
+        with watched():
             distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
@@ -147,7 +153,7 @@ class Ranks:
         if self.size == 1:
             return
         self.ready()
-        with torch.no_grad(), _watched():
+        with torch.no_grad(), watched():
             for tensor in tensors:
                 distributed.broadcast(tensor.data, src=0)
 
@@ -160,7 +166,7 @@ class Ranks:
         if self.size == 1:
             return
         self.ready()
-        with torch.no_grad(), _watched():
+        with torch.no_grad(), watched():
             present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int64)
             distributed.all_reduce(present)
             moved = [parameter for parameter, ranks in zip(parameters, present.tolist(), strict=True) if ranks]
@@ -190,7 +196,7 @@ class Ranks:
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
-        with _watched():
+        with watched():
             smallest = torch.tensor(number)
             distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
         return int(smallest)
@@ -215,8 +221,9 @@ def open_ranks() -> Iterator[Ranks]:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
+        if local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
@@ -255,7 +262,7 @@ def launched_size(environment: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def watched() -> Iterator[None]:
     """Turns what torch raises when a connection breaks into RankLost."""
     try:
         yield

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 from pte.learn.optimizer import TrainingStopped
-from pte.ranks import ALONE, launched_size
+from pte.ranks import ALONE, Ranks, launched_size
 from ranked import GRPO, deal, disagree, do_evaluation, do_steps, launched, on_ranks
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
@@ -107,4 +108,18 @@ def test_half_a_launcher_and_what_we_would_ignore_of_a_whole_one_are_refused() -
         launched_size({**whole, "ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION must be 'no' for pte, got 'bf16': the base's"):
         launched_size({**whole, "ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert launched_size({**whole, "ACCELERATE_MIXED_PRECISION": "no"}) == 2
+    assert launched_size({**whole, "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}) == 2
+
+
+def test_a_rank_computes_on_the_gpu_of_its_number_and_on_no_other_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(rank=9, size=16, local_rank=1, local_size=8)
+    assert ranks.device("cpu") == "cpu" and ALONE.device("cuda:3") == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.device("cuda") == "cuda:1"
+    with pytest.raises(
+        ValueError, match="model.device must be 'cuda' or 'cpu' with 16 ranks, got 'cuda:1'; with 'cuda'"
+    ):
+        ranks.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="a GPU for each process of a machine, got 1 for 8; start as many"):
+        ranks.device("cuda")

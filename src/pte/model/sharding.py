@@ -20,6 +20,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from pte.ranks import watched
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -82,7 +84,8 @@ class ShardedLayers:
         """Gathers the lowest layer that any rank wants, and says which; it stays whole where it was wanted."""
         lowest = self.ranks.least(wanted)
         if lowest != NOTHING:
-            self.layers[lowest].unshard()
+            with watched():
+                self.layers[lowest].unshard()
             if lowest == wanted:
                 self.whole = lowest
             else:
