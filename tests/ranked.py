@@ -68,7 +68,7 @@ def on_ranks(work: Callable[[Ranks], Result], *, size: int = 2) -> list[Result |
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(100)
         waiting = [process for process in processes if process.exitcode is None]
         for process in waiting:
             process.kill()

@@ -47,7 +47,7 @@ class RankLost(RuntimeError):
 class Ranks:
     """The processes of a run, seen from one of them.
 
-    Every method but `share` and `whole` is collective: all ranks call it, in the same order.
+    What exchanges words or tensors is collective: all ranks call it, in the same order.
 
     Args:
         rank: Of this process, from 0.
