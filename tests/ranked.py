@@ -21,11 +21,11 @@ from pte.arguments import TrainArguments
 from pte.cli import parse
 from pte.commands import train_command
 from pte.learn.stage import TIMING_METRICS
-from pte.learn.trainer import build_stages
+from pte.learn.trainer import build_stages, open_run, save
 from pte.ranks import Ranks, open_ranks
 from pte.session import Session, open_session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
-from short_runs import odd_ids, open_short, parameters, rewarded
+from short_runs import odd_ids, open_short, parameters, rewarded, short_config
 
 Result = TypeVar("Result")
 Steps = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[list[int]]]
@@ -187,3 +187,14 @@ def do_command(ranks: Ranks, words: Sequence[str]) -> dict[str, int]:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         sizes["shards" if parameter in layers else "whole"] += local.nbytes
     return sizes
+
+
+def drift_apart(ranks: Ranks, directory: Path) -> None:
+    """A checkpoint of a run whose adapter is another one on rank 1."""
+    run = open_run(short_config(run__output_dir=str(directory)), ranks=ranks)
+    adapter = run.session.policy.adapter
+    assert adapter is not None
+    if not ranks.first:
+        with torch.no_grad():
+            next(adapter.parameters())[0, 0] += 1
+    save(run, 1)

@@ -78,7 +78,9 @@ def test_the_report_gives_peaks_the_formula_of_the_cache_and_what_to_lower() -> 
 def test_it_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sessions = []
     opened = dry_run_module.open_session
-    monkeypatch.setattr(dry_run_module, "open_session", lambda config: sessions.append(opened(config)) or sessions[0])
+    monkeypatch.setattr(
+        dry_run_module, "open_session", lambda config, **given: sessions.append(opened(config, **given)) or sessions[0]
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", *short_flags()]) == 0
     assert "worst case: prompt 23 tokens" in capsys.readouterr().out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from pte.checkpoint import latest_checkpoint
 from pte.learn.optimizer import TrainingStopped
+from pte.learn.trainer import CHECKPOINTS
 from pte.ranks import ALONE, Ranks, launched_size
-from ranked import GRPO, deal, disagree, do_evaluation, do_steps, launched, on_ranks
+from ranked import GRPO, deal, disagree, do_evaluation, do_steps, drift_apart, launched, on_ranks
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
 pytestmark = pytest.mark.system
@@ -76,6 +79,12 @@ def test_a_stop_of_one_rank_stops_all_with_its_words_and_nothing_is_updated() ->
     ] * 2
     with pytest.raises(TrainingStopped):
         do_steps(ALONE, settings)
+
+
+def test_of_adapters_that_have_drifted_apart_no_checkpoint_is_written(tmp_path: Path) -> None:
+    for words in on_ranks(partial(drift_apart, directory=tmp_path)):
+        assert words.startswith("TrainingStopped: the adapters of all ranks must be the same, got sums [")
+    assert latest_checkpoint(tmp_path / "run" / CHECKPOINTS) is None
 
 
 def test_what_one_rank_raises_all_learn() -> None:

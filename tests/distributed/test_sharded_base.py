@@ -24,7 +24,6 @@ FEWER = {**GRPO, "train__minibatches_per_step": 1, "train__steps": 2}
     "changes",
     [
         {"train__gradient_mode": "horizon"},
-        # A warm start under this policy observes attention, and its second walk must not observe again.
         {"train__prompts_per_step": 1, "cache__policy": "h2o"},
         {"train__gradient_mode": "exact", "distill__gradient_mode": "exact", "cache__policy": "h2o"},
         {"cache__policy": "none"},
