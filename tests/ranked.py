@@ -122,6 +122,8 @@ def do_steps(
             unlike = (*TIMING_METRICS, "cache_bytes")
             metrics.append({key: value for key, value in result.metrics.items() if key not in unlike})
             completions.append([int(row["tokens"]) for row in result.completions])
+    whole = [one for one in session.policy.base.get_decoder().layers.parameters() if not isinstance(one, DTensor)]
+    assert not (shards and whole), "a layer stays whole when nobody needs it"
     return parameters(session), metrics, completions
 
 

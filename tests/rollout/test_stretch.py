@@ -14,6 +14,7 @@ from tiny import random_sequences, tiny_policy
 def test_layers_that_a_backward_pass_computes_again_are_observed_once() -> None:
     policy = tiny_policy(eviction=HeavyHitters(4), block=2)
     prompts, completions = random_sequences(3)
+    completions.sort(key=len, reverse=True)
     walk = Walk(policy, collate(prompts, completions, stream_seeds=[0, 1, 2], temperature=1.0))
     start = walk.enter(walk.stretches[0])
     assert start.inputs.observer is not None and start.states is not None
