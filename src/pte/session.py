@@ -17,10 +17,9 @@ from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprin
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.lora_folder import is_lora_folder, start_from_lora
-from pte.method.adapter import ThoughtAdapter
-from pte.method.eviction.registry import make_policy
-from pte.model.load import check_positions, dtype_named, end_token_ids, load_base, load_tokenizer
-from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
+from pte.model.load import check_positions, end_token_ids, load_tokenizer
+from pte.model.policy import BoundedPolicy
+from pte.open_policy import load_policy, sharded_policy
 from pte.peft_folder import check_tensors_fit, load_any_adapter
 from pte.ranks import ALONE, Ranks
 from pte.tasks.chained import embedded_model_dir
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from pte.config import AdapterConfig, CacheConfig, ExperimentConfig
-    from pte.method.eviction.policy import EvictionPolicy
+    from pte.config import ExperimentConfig
 
 
 FINGERPRINT_ROWS = 512
@@ -161,71 +159,6 @@ def open_session(
     return session
 
 
-def load_policy(path: str, config: ExperimentConfig, device: torch.device) -> BoundedPolicy:
-    """The policy of a configuration, its adapter fresh.
-
-    Args:
-        path: Of the base.
-        config: Model, adapter, cache.
-        device: Of the base.
-    """
-    base = load_base(
-        path,
-        dtype=dtype_named(config.model.dtype),
-        device=device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    adapter = None
-    if config.adapter.kind != "none":
-        adapter = new_adapter(config.adapter, base, seed=config.run.seed)
-        attach_adapter(base, adapter)
-    return BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
-
-
-def sharded_policy(path: str, config: ExperimentConfig, ranks: Ranks, *, device: torch.device) -> BoundedPolicy:
-    """The same with the base's layers in shards on the ranks' devices.
-
-    The ranks of a machine load in turns: its memory holds one whole base at a time.
-    """
-    from pte.model.sharding import ShardedLayers, place_sharded
-
-    sharded, policy = ShardedLayers(ranks, device=device), None
-    for _ in ranks.turns():
-        policy = load_policy(path, config, torch.device("cpu"))
-        place_sharded(policy.base, sharded, device=device)
-        if policy.adapter is not None:
-            policy.adapter.to(device)
-    assert policy is not None, "every rank has its turn"
-    sharded.begin()
-    return replace(policy, sharded=sharded)
-
-
-def new_adapter(options: AdapterConfig, base: PreTrainedModel, *, seed: int) -> ThoughtAdapter:
-    """A fresh adapter for a base, of a kind that has one.
-
-    Args:
-        options: What it is; `checkpoint` is not looked at.
-        base: The base it is made for.
-        seed: Of the initial values.
-    """
-    assert options.kind != "none"
-    adapter = ThoughtAdapter(
-        layer_sizes(base),
-        kind=options.kind,
-        rank=options.rank,
-        targets=options.targets,
-        layers=options.layers or None,
-        scale=options.scale,
-        update_rule=options.update_rule,
-        key_space=options.key_space,
-        global_tokens=options.global_tokens,
-        seed=seed,
-    )
-    if options.down_start == "queries" and adapter.encoder is not None:
-        adapter.start_from_queries(query_maps(base))
-    return adapter
-
-
 def check_problems(session: Session, config: ExperimentConfig) -> None:
     """Refuses, before any work, problems that do not fit the model and a reward function that cannot score.
 
@@ -281,11 +214,6 @@ def check_evaluation(session: Session, config: ExperimentConfig) -> None:
             completion_tokens=config.eval.max_new_tokens,
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
-
-
-def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
-    """The eviction policy of a configuration; the full cache never asks it."""
-    return make_policy(cache.registered, option=cache.policy_option)
 
 
 def check_no_idle_fields(task: TaskConfig) -> None:

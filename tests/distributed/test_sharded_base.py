@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from pte.checkpoint import load_adapter
 from pte.cli import main
-from pte.ranks import ALONE
+from pte.ranks import ALONE, Ranks
 from pte.session import open_session
 from ranked import GRPO, do_command, do_steps, on_ranks
 from short_runs import equal, largest_difference, open_short, short_flags
@@ -63,3 +64,10 @@ def test_one_process_is_refused_a_share_of_a_base(tmp_path: Path) -> None:
     config, _ = open_short(double=False)
     with pytest.raises(ValueError, match="--shard-base needs several processes to hold the shards, got 1; start with"):
         open_session(config, shard_base=True)
+
+
+def test_a_float8_base_is_refused_in_shards() -> None:
+    config, _ = open_short(double=False)
+    rounded = replace(config, model=replace(config.model, dtype="float8"))
+    with pytest.raises(ValueError, match="--shard-base needs a model.dtype whose weights FSDP shards, got 'float8'"):
+        open_session(rounded, ranks=Ranks(size=2), shard_base=True)
