@@ -20,9 +20,10 @@ from killed import warm_processes
 from pte.arguments import TrainArguments
 from pte.cli import parse
 from pte.commands import train_command
+from pte.learn.rewards import compute_rewards
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import build_stages, open_run, save
-from pte.ranks import Ranks, open_ranks
+from pte.ranks import Ranks, open_ranks, watched
 from pte.session import Session, open_session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
 from short_runs import odd_ids, open_short, parameters, rewarded, short_config
@@ -200,3 +201,25 @@ def drift_apart(ranks: Ranks, directory: Path) -> None:
         with torch.no_grad():
             next(adapter.parameters())[0, 0] += 1
     save(run, 1)
+
+
+def told_to_end(ranks: Ranks) -> object:
+    """A reward function of rank 1 that catches whatever it can, while the launcher tells its process to end."""
+
+    def reward(completions: list[str], **_: object) -> list[float]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return [1.0] * len(completions)
+        except Exception:
+            return [0.0] * len(completions)
+
+    asked = {"prompts": ["?"], "completions": ["!"], "completion_ids": [[1]], "columns": {}}
+    return ranks.together(lambda: ranks.first or compute_rewards(reward, **asked), stop=ValueError)
+
+
+def out_of_memory(ranks: Ranks) -> int:
+    """A word between ranks for which rank 1 has no memory left."""
+    with watched():
+        if not ranks.first:
+            raise torch.OutOfMemoryError("out of memory")
+        return ranks.least(3)

@@ -44,6 +44,10 @@ class RankLost(RuntimeError):
     """Another process of the run has failed, has ended, or cannot be reached; this one cannot go on alone."""
 
 
+class ToldToEnd(BaseException):
+    """SIGTERM. No Exception: a reward function that catches those cannot swallow it."""
+
+
 class Ranks:
     """The processes of a run, seen from one of them.
 
@@ -209,10 +213,11 @@ ALONE = Ranks()
 def open_ranks() -> Iterator[Ranks]:
     """The ranks that the launcher has started, connected; `ALONE` where there is no launcher.
 
-    While it is open, being told to end (SIGTERM, as launchers do when another rank has failed) raises RankLost.
+    While it is open, being told to end (SIGTERM, as launchers do when another rank has failed) raises ToldToEnd.
 
     Raises:
         ValueError: The environment is half a launcher's, or asks for what pte does not do.
+        RankLost: This process was told to end.
     """
     size = launched_size(os.environ)
     if size == 1:
@@ -233,6 +238,8 @@ def open_ranks() -> Iterator[Ranks]:
         # A rank that left while others still write would look like one that died.
         ranks.gather(None)
         distributed.destroy_process_group()
+    except ToldToEnd as told:
+        raise RankLost(str(told)) from told
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -263,11 +270,11 @@ def launched_size(environment: Mapping[str, str]) -> int:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Turns what torch raises when a connection breaks into RankLost."""
+    """Turns what torch raises when a connection breaks into RankLost; out of memory is this rank's own fault."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RankLost):
+        if isinstance(error, RankLost | torch.OutOfMemoryError):
             raise
         # The launcher will tell this process to end as well: once is enough. Backward passes on a GPU have a thread.
         if threading.current_thread() is threading.main_thread():
@@ -278,4 +285,4 @@ def watched() -> Iterator[None]:
 def _told_to_end(_signal: int, _frame: FrameType | None) -> None:
     """Ends this process by an error that says why."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise RankLost("this process was told to end (SIGTERM), as launchers do when another rank has failed")
+    raise ToldToEnd("this process was told to end (SIGTERM), as launchers do when another rank has failed")

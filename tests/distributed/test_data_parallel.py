@@ -12,7 +12,18 @@ from pte.checkpoint import latest_checkpoint
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import CHECKPOINTS
 from pte.ranks import ALONE, Ranks, launched_size
-from ranked import GRPO, deal, disagree, do_evaluation, do_steps, drift_apart, launched, on_ranks
+from ranked import (
+    GRPO,
+    deal,
+    disagree,
+    do_evaluation,
+    do_steps,
+    drift_apart,
+    launched,
+    on_ranks,
+    out_of_memory,
+    told_to_end,
+)
 from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
 
 pytestmark = pytest.mark.system
@@ -91,6 +102,18 @@ def test_what_one_rank_raises_all_learn() -> None:
     assert on_ranks(partial(disagree, kind=ValueError, rank=1)) == ["ValueError: no more"] * 2
     first, other = on_ranks(partial(disagree, kind=OSError, rank=1))
     assert (first, other) == ("RankLost: rank 1 has failed (no more)", "OSError: no more")
+
+
+def test_a_reward_that_catches_everything_does_not_keep_a_rank_that_is_told_to_end() -> None:
+    first, other = on_ranks(told_to_end)
+    assert str(first).startswith("RankLost: another rank has ended or cannot be reached")
+    assert str(other).startswith("RankLost: this process was told to end (SIGTERM)")
+
+
+def test_a_rank_without_memory_for_an_exchange_says_so_and_blames_no_other() -> None:
+    first, other = on_ranks(out_of_memory)
+    assert str(first).startswith("RankLost: another rank has ended or cannot be reached")
+    assert other == "OutOfMemoryError: out of memory"
 
 
 def test_work_is_dealt_in_turns_and_gradients_are_added_where_any_rank_has_one() -> None:

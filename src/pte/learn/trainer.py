@@ -25,7 +25,7 @@ from pte.learn.optimizer import AdapterOptimizer, TrainingStopped
 from pte.learn.stage import Stage, StepResult
 from pte.method.float8 import FLOAT8
 from pte.method.schedule import EvictionSchedule
-from pte.ranks import ALONE, RankLost, Ranks
+from pte.ranks import ALONE, RankLost, Ranks, ToldToEnd
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
 from pte.run_record import check_resumed_config, open_run_directory, save_record
@@ -266,7 +266,7 @@ def train(
 
     Raises:
         TrainingStopped: Gap, loss or gradient are not sound; the message names the last good checkpoint.
-        RankLost: Another rank is gone; the message names the last good checkpoint.
+        RankLost: Another rank is gone, or this one was told to end; the message names the last good checkpoint.
     """
     ranks = run.session.ranks
     checkpoint, where = ranks.from_first(lambda: latest_checkpoint(run.directory / CHECKPOINTS)), "at the start"
@@ -287,7 +287,8 @@ def train(
                         on_step(stage.name, step, result)
                 first += stage.steps
         return checkpoint or save(run, run.done_steps)
-    except (TrainingStopped, RankLost) as stop:
+    except (TrainingStopped, RankLost, ToldToEnd) as stop:
         last = "none was written yet" if checkpoint is None else str(checkpoint)
-        remedy = "; start the same command again with --run.resume" if isinstance(stop, RankLost) else ""
-        raise type(stop)(f"{where}: {stop}; the last good checkpoint: {last}{remedy}") from stop
+        kind = TrainingStopped if isinstance(stop, TrainingStopped) else RankLost
+        remedy = "" if kind is TrainingStopped else "; start the same command again with --run.resume"
+        raise kind(f"{where}: {stop}; the last good checkpoint: {last}{remedy}") from stop
