@@ -16,17 +16,19 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+import pte.dry_run
 from killed import warm_processes
-from pte.arguments import TrainArguments
+from pte.arguments import EvalArguments, TrainArguments
 from pte.cli import parse
 from pte.commands import train_command
+from pte.eval_command import eval_command
 from pte.learn.rewards import compute_rewards
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import build_stages, open_run, save
 from pte.ranks import Ranks, open_ranks, watched
 from pte.session import Session, open_session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
-from short_runs import odd_ids, open_short, parameters, rewarded, short_config
+from short_runs import odd_ids, open_short, parameters, rewarded, short_config, short_flags, write_problems
 
 Result = TypeVar("Result")
 Steps = tuple[dict[str, torch.Tensor], list[dict[str, float]], list[list[int]]]
@@ -223,3 +225,52 @@ def out_of_memory(ranks: Ranks) -> int:
         if not ranks.first:
             raise torch.OutOfMemoryError("out of memory")
         return ranks.least(3)
+
+
+def do_dry_run(ranks: Ranks, changes: Mapping[str, object]) -> tuple[str, int]:
+    """What a dry run with shards says, and the most layers that were whole at once."""
+    sessions: list[Session] = []
+    whole = [0]
+
+    def opened(*arguments: object, **options: object) -> Session:
+        sessions.append(open_session(*arguments, **options))  # type: ignore[arg-type]
+        return sessions[-1]
+
+    def look(*_: object) -> None:
+        layers = sessions[0].policy.base.get_decoder().layers if sessions else ()
+        whole.append(sum(not isinstance(next(layer.parameters()), DTensor) for layer in layers))
+
+    pte.dry_run.open_session = opened
+    torch.nn.modules.module.register_module_forward_pre_hook(look)
+    return pte.dry_run.dry_run(short_config(**changes), ranks=ranks, shard_base=True), max(whole)
+
+
+def start_unlike(ranks: Ranks, changes: Mapping[str, object]) -> str:
+    """A session of which rank 1 has another configuration."""
+    open_session(short_config(**({} if ranks.first else changes)), ranks=ranks)
+    return "started"
+
+
+def start_with_other_problems(ranks: Ranks, directory: Path) -> str:
+    """A session on machines whose files of the same path hold other problems."""
+    home = directory / str(ranks.rank)
+    home.mkdir()
+    os.chdir(home)
+    write_problems(Path("problems.jsonl"), seed=ranks.rank)
+    options = {"task__kind": "jsonl", "task__train_path": "problems.jsonl", "distill__source": "teacher"}
+    open_session(short_config(**options, model__path=str(directory / "model")), ranks=ranks)
+    return "started"
+
+
+def score_elsewhere(ranks: Ranks, directory: Path) -> list[str]:
+    """`pte eval --output` on machines of which the first alone has the directory of the output."""
+    home = directory / str(ranks.rank)
+    home.mkdir()
+    if ranks.first:
+        (home / "out").mkdir()
+    os.chdir(home)
+    words = short_flags(eval__problems=1, eval__max_new_tokens=4)
+    arguments = parse("eval", [*words, "--output", "out/scores.json"])
+    assert isinstance(arguments, EvalArguments)
+    eval_command(arguments, Console(quiet=True), ranks=ranks)
+    return [path.name for path in home.rglob("*")]

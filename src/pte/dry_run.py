@@ -7,6 +7,7 @@ is written, nothing is kept.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -70,16 +71,16 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
         )
         rollouts: list[Rollout] = []
         requests = [RolloutRequest(longest, seed) for seed in range(sequences)]
-        with torch.no_grad():
-            policy.base(
-                torch.tensor([longest], device=policy.device)
-            )  # what libraries load at first is not the rollout's
+        # The library's own forward loads what is not the rollout's; of a base in shards it would leave all layers whole.
+        if policy.sharded is None:
+            with torch.no_grad():
+                policy.base(torch.tensor([longest], device=policy.device))
         grown = device_growth_bytes(policy.device, lambda: rollouts.extend(engine.run(requests)))
         lines.append(
             f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), "
             f"cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
             f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB; "
-            f"{against(planned_rollout(policy, config, longest), grown)}"
+            f"{against(planned_rollout(policy, config, requests), grown)}"
         )
         for stage in build_stages(session, config):
             started = time.perf_counter()
@@ -112,12 +113,12 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
     return "\n".join(lines)
 
 
-def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...]) -> int:
+def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, requests: Sequence[RolloutRequest]) -> int:
     """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it."""
     planned = planned_policy(config, ModelSizes.of(policy.base.config), cuda=policy.device.type == "cuda")
-    work = planned_work(config, prompt_tokens=len(prompt))
-    # All sequences share one prompt here.
-    phase = rollout_memory(planned, replace(work, group_size=work.sequences))
+    work = planned_work(config, prompt_tokens=len(requests[0].prompt_ids))
+    # A rank's share of the sequences, and all of one prompt here.
+    phase = rollout_memory(planned, replace(work, sequences=len(requests), group_size=len(requests)))
     fused = planned.fused_numbers * policy.dtype.itemsize
     return phase.device_bytes + (fused if planned.cuda else phase.host_bytes)
 

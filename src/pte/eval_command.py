@@ -43,8 +43,9 @@ def eval_command(arguments: EvalArguments, console: Console, *, ranks: Ranks) ->
         )
     if suite is not None and arguments.data_dir is not None:
         config = suite_experiment(config, suite, directory=arguments.data_dir)
-    for path in (arguments.output, arguments.completions, arguments.rollouts):
-        check_output(path)
+    if ranks.first:
+        for path in (arguments.output, arguments.completions, arguments.rollouts):
+            check_output(path)
     if arguments.rollouts is not None and config.eval.state_control != "own":
         raise ValueError(
             f"--rollouts needs eval.state_control 'own', got {config.eval.state_control!r}: a control's states "

@@ -251,17 +251,19 @@ def launched_size(environment: Mapping[str, str]) -> int:
         environment: Variables of this process.
 
     Raises:
-        ValueError: Several processes and a variable is missing, or the launcher was asked for what pte does not do.
+        ValueError: A rank or several processes, and a variable is missing; or the launcher was asked for what pte does not do.
     """
-    size = int(environment.get("WORLD_SIZE", "1"))
-    if size == 1:
+    set_here = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if not set_here or environment.get("WORLD_SIZE") == "1":
         return 1
     missing = [name for name in LAUNCHED if name not in environment]
     if missing:
+        got = ", ".join(f"{name}={environment[name]}" for name in set_here)
         raise ValueError(
-            f"a launcher must set {', '.join(LAUNCHED)}, got WORLD_SIZE={size} without {', '.join(missing)}; start "
-            f"with torchrun or accelerate launch, or unset WORLD_SIZE"
+            f"a launcher must set {', '.join(LAUNCHED)}, got {got} without {', '.join(missing)}; start with torchrun "
+            f"or accelerate launch, or unset {' and '.join(set_here)}"
         )
+    size = int(environment["WORLD_SIZE"])
     for name, (plain, instead) in IGNORED_BY_US.items():
         if environment.get(name, plain).lower() != plain:
             raise ValueError(f"{name} must be {plain!r} for pte, got {environment[name]!r}: {instead}; leave it out")

@@ -6,6 +6,7 @@ nothing is downloaded, attached or written before the configuration has been che
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pte.config import ExperimentConfig
+    from pte.rollout.token_step import StateControl
 
 
 FINGERPRINT_ROWS = 512
@@ -121,7 +123,8 @@ def open_session(
         shard_base: Each has a share of the base's layers, where it would have the whole base.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
+        ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported, do not fit, or are not
+            the same on all ranks.
     """
     if shard_base and ranks.size == 1:
         raise ValueError(
@@ -156,6 +159,7 @@ def open_session(
     if policy.adapter is not None:
         # Made from the same seed, but perhaps on processors that round otherwise.
         ranks.copy_from_first(list(policy.adapter.parameters()))
+    check_alike(session, config)
     return session
 
 
@@ -205,8 +209,10 @@ def check_evaluation(session: Session, config: ExperimentConfig) -> None:
     """Refuses, before any work, evaluation problems that do not fit the model.
 
     Raises:
-        ValueError: A prompt is empty or, with its completion, longer than the trained positions.
+        ValueError: A prompt is empty or, with its completion, longer than the trained positions; or states are to be
+            shuffled over several ranks.
     """
+    check_neighbours(config.eval.state_control, session.ranks)
     for problems in session.task.evaluation.values():
         check_positions(
             session.policy.base.config,
@@ -214,6 +220,42 @@ def check_evaluation(session: Session, config: ExperimentConfig) -> None:
             completion_tokens=config.eval.max_new_tokens,
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
+
+
+def check_neighbours(state_control: StateControl, ranks: Ranks) -> None:
+    """Refuses to shuffle states over several ranks.
+
+    Raises:
+        ValueError: They are.
+    """
+    if state_control == "shuffled" and ranks.size > 1:
+        raise ValueError(
+            f"state_control 'shuffled' needs one process, whose sequences are neighbours, got {ranks.size} ranks; run "
+            f"pte eval without a launcher"
+        )
+
+
+def check_alike(session: Session, config: ExperimentConfig) -> None:
+    """Refuses ranks that would do different work: each would take its share of another batch, and nobody would see it.
+
+    Raises:
+        ValueError: Configuration, base or problems of a rank differ from those of rank 0.
+    """
+    if session.ranks.size == 1:
+        return
+    task = session.task
+    training = [task.training(position) for position in range(task.num_training)]
+    parts = {"configuration": config, "base": session.base_fingerprint(), "problems": (training, task.evaluation)}
+    digests = session.ranks.gather(
+        {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+    )
+    for rank, said in enumerate(digests):
+        for name, digest in said.items():
+            if digest != digests[0][name]:
+                raise ValueError(
+                    f"the {name} of all ranks must be the same, got another one on rank {rank} than on rank 0; start "
+                    f"all processes by the same command, with the same files under the same paths on every machine"
+                )
 
 
 def check_no_idle_fields(task: TaskConfig) -> None:

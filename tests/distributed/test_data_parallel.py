@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pte.checkpoint import latest_checkpoint
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import CHECKPOINTS
 from pte.ranks import ALONE, Ranks, launched_size
+from pte.session import check_problems
+from pte.tasks.evaluate import evaluate_session
 from ranked import (
     GRPO,
     deal,
@@ -22,9 +25,12 @@ from ranked import (
     launched,
     on_ranks,
     out_of_memory,
+    score_elsewhere,
+    start_unlike,
+    start_with_other_problems,
     told_to_end,
 )
-from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, tied
+from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, text_model, tied
 
 pytestmark = pytest.mark.system
 
@@ -126,9 +132,28 @@ def test_work_is_dealt_in_turns_and_gradients_are_added_where_any_rank_has_one()
 
 
 def test_states_are_not_shuffled_over_ranks() -> None:
-    changes = {"eval__state_control": "shuffled"}
-    for words in on_ranks(partial(do_evaluation, changes=changes)):
-        assert "state_control 'shuffled' needs one process, whose sequences are neighbours, got 2 ranks" in words
+    config, session = open_short(eval__state_control="shuffled")
+    session = replace(session, ranks=Ranks(size=2))
+    words = "state_control 'shuffled' needs one process, whose sequences are neighbours, got 2 ranks"
+    with pytest.raises(ValueError, match=words):
+        check_problems(session, config)  # before a run trains
+    with pytest.raises(ValueError, match=words):
+        evaluate_session(session, config, name="chained")
+
+
+def test_ranks_of_unlike_experiments_are_refused(tmp_path: Path) -> None:
+    text_model(tmp_path)
+    unlike = {
+        "configuration": partial(start_unlike, changes={"run__seed": 1}),
+        "problems": partial(start_with_other_problems, directory=tmp_path),
+    }
+    for name, start in unlike.items():
+        for words in on_ranks(start):
+            assert words.startswith(f"ValueError: the {name} of all ranks must be the same, got another one on rank 1")
+
+
+def test_a_machine_without_the_directory_of_an_output_scores_its_share(tmp_path: Path) -> None:
+    assert on_ranks(partial(score_elsewhere, directory=tmp_path)) == [["out", "scores.json"], []]
 
 
 def test_half_a_launcher_and_what_we_would_ignore_of_a_whole_one_are_refused() -> None:
@@ -136,6 +161,8 @@ def test_half_a_launcher_and_what_we_would_ignore_of_a_whole_one_are_refused() -
     assert launched_size({}) == 1 and launched_size({"WORLD_SIZE": "1"}) == 1 and launched_size(whole) == 2
     with pytest.raises(ValueError, match="got WORLD_SIZE=2 without RANK, LOCAL_RANK; start with torchrun"):
         launched_size({name: value for name, value in whole.items() if name not in ("RANK", "LOCAL_RANK")})
+    with pytest.raises(ValueError, match="got RANK=1 without WORLD_SIZE, LOCAL_RANK, .*; start .*, or unset RANK$"):
+        launched_size({"RANK": "1"})
     with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP must be 'false' for pte, got 'true': pte shards"):
         launched_size({**whole, "ACCELERATE_USE_FSDP": "true"})
     with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION must be 'no' for pte, got 'bf16': the base's"):

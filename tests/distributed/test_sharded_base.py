@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from pte.checkpoint import load_adapter
 from pte.cli import main
+from pte.dry_run import dry_run
 from pte.ranks import ALONE, Ranks
 from pte.session import open_session
-from ranked import GRPO, do_command, do_steps, on_ranks
-from short_runs import equal, largest_difference, open_short, short_flags
+from ranked import GRPO, do_command, do_dry_run, do_steps, on_ranks
+from short_runs import equal, largest_difference, open_short, short_config, short_flags
 
 pytestmark = pytest.mark.system
 
@@ -58,6 +60,16 @@ def test_the_command_trains_a_base_of_which_each_rank_holds_half(tmp_path: Path)
     summary = json.loads((shards / "summary.json").read_text())
     assert summary["decode"] == "eager, one layer whole at a time (a base in shards has no fused decode step)"
     assert (shards / "rollouts.json").is_file()
+
+
+def test_a_dry_run_keeps_a_base_in_shards_and_plans_a_rank_s_share_of_the_sequences() -> None:
+    settings = {**FEWER, "distill__steps": 0, "train__group_size": 4, "rollout__slots": 64}
+    # 16 groups of 4 on two ranks: 32 sequences each.
+    alone = dry_run(short_config(**{**settings, "train__prompts_per_step": 8}))
+    planned = [re.findall(r"planned [\d.]+ MiB", alone)[0]]
+    for said, whole in on_ranks(partial(do_dry_run, changes={**settings, "train__prompts_per_step": 16})):
+        assert "32 sequences at once" in said and re.findall(r"planned [\d.]+ MiB", said)[:1] == planned
+        assert whole == 1
 
 
 def test_one_process_is_refused_a_share_of_a_base(tmp_path: Path) -> None:

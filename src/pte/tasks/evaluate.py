@@ -21,6 +21,7 @@ from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
 from pte.rollout.token_step import StateControl
+from pte.session import check_neighbours
 from pte.tasks.scoring import avg_at_k, avg_at_k_interval, pass_at_k, wilson_interval
 
 if TYPE_CHECKING:
@@ -123,11 +124,7 @@ def evaluate(
     Raises:
         ValueError: States are to be shuffled over several ranks.
     """
-    if state_control == "shuffled" and ranks.size > 1:
-        raise ValueError(
-            f"state_control 'shuffled' needs one process, whose sequences are neighbours, got {ranks.size} ranks; run "
-            f"pte eval without a launcher"
-        )
+    check_neighbours(state_control, ranks)
     problems = task.evaluation[name]
     engine = RolloutEngine(
         policy,
