@@ -25,6 +25,7 @@ from pte.eval_command import eval_command
 from pte.learn.rewards import compute_rewards
 from pte.learn.stage import TIMING_METRICS
 from pte.learn.trainer import build_stages, open_run, save
+from pte.plan.process_memory import peak_growth_bytes
 from pte.ranks import Ranks, open_ranks, watched
 from pte.session import Session, open_session
 from pte.tasks.evaluate import EvaluatedCompletion, Evaluation, evaluate_session
@@ -274,3 +275,9 @@ def score_elsewhere(ranks: Ranks, directory: Path) -> list[str]:
     assert isinstance(arguments, EvalArguments)
     eval_command(arguments, Console(quiet=True), ranks=ranks)
     return [path.name for path in home.rglob("*")]
+
+
+def copy_large(ranks: Ranks) -> float:
+    """By how many times its size a value of rank 0 raises this process's memory while every rank gets it."""
+    size = 2**25
+    return peak_growth_bytes(lambda: ranks.from_first(lambda: torch.zeros(size, dtype=torch.uint8))) / size

@@ -71,7 +71,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
         )
         rollouts: list[Rollout] = []
         requests = [RolloutRequest(longest, seed) for seed in range(sequences)]
-        # The library's own forward loads what is not the rollout's; of a base in shards it would leave all layers whole.
+        # What libraries load at first is not the rollout's. Their forward would leave all layers of shards whole.
         if policy.sharded is None:
             with torch.no_grad():
                 policy.base(torch.tensor([longest], device=policy.device))

@@ -150,7 +150,18 @@ class Ranks:
         Raises:
             Exception: What the work raised on rank 0; RankLost on the others.
         """
-        return self.together(lambda: work() if self.first else None, stop=RankLost)[0]  # type: ignore[return-value]
+        done: list[Value | None] = [None]
+
+        def work_of_first() -> None:
+            if self.first:
+                done[0] = work()
+
+        self.together(work_of_first, stop=RankLost)
+        if self.size > 1:
+            # It may be a checkpoint: gathered words take the room of the largest, once for each rank.
+            with watched():
+                distributed.broadcast_object_list(done, src=0)
+        return done[0]  # type: ignore[return-value]
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Makes tensors of every rank those of rank 0, bit for bit."""
@@ -251,7 +262,8 @@ def launched_size(environment: Mapping[str, str]) -> int:
         environment: Variables of this process.
 
     Raises:
-        ValueError: A rank or several processes, and a variable is missing; or the launcher was asked for what pte does not do.
+        ValueError: A rank or several processes, and a variable is missing; or the launcher was asked for what pte does
+            not do.
     """
     set_here = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
     if not set_here or environment.get("WORLD_SIZE") == "1":

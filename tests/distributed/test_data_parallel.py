@@ -17,6 +17,7 @@ from pte.session import check_problems
 from pte.tasks.evaluate import evaluate_session
 from ranked import (
     GRPO,
+    copy_large,
     deal,
     disagree,
     do_evaluation,
@@ -120,6 +121,11 @@ def test_a_rank_without_memory_for_an_exchange_says_so_and_blames_no_other() -> 
     first, other = on_ranks(out_of_memory)
     assert str(first).startswith("RankLost: another rank has ended or cannot be reached")
     assert other == "OutOfMemoryError: out of memory"
+
+
+def test_what_rank_0_reads_costs_no_rank_more_memory_where_there_are_more_ranks() -> None:
+    # Bytes, and the value that is made of them: 4.4 times; gathered as words of four ranks it takes 10.
+    assert max(float(times) for times in on_ranks(copy_large, size=4)) < 6
 
 
 def test_work_is_dealt_in_turns_and_gradients_are_added_where_any_rank_has_one() -> None:
