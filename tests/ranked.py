@@ -17,6 +17,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 import pte.dry_run
+import pte.tasks.evaluate
 from killed import warm_processes
 from pte.arguments import EvalArguments, TrainArguments
 from pte.cli import parse
@@ -281,3 +282,14 @@ def copy_large(ranks: Ranks) -> float:
     """By how many times its size a value of rank 0 raises this process's memory while every rank gets it."""
     size = 2**25
     return peak_growth_bytes(lambda: ranks.from_first(lambda: torch.zeros(size, dtype=torch.uint8))) / size
+
+
+def fail_in_evaluation(ranks: Ranks, words: Sequence[str]) -> dict[str, int]:
+    """`pte train` whose rank 1 cannot score the evaluation that ends it."""
+
+    def scored(*_: object, **__: object) -> list[float]:
+        raise ValueError("cannot score")
+
+    if not ranks.first:
+        pte.tasks.evaluate.compute_rewards = scored
+    return do_command(ranks, words)

@@ -23,9 +23,9 @@ from pte.compare import compare
 from pte.dry_run import dry_run
 from pte.eval_command import eval_command, evaluate_sets, evaluation_table
 from pte.learn.stage import StepResult
-from pte.learn.trainer import Run, open_run, train
+from pte.learn.trainer import Run, ended, open_run, train
 from pte.progress import bar
-from pte.ranks import Ranks, launched_size, open_ranks
+from pte.ranks import RankLost, Ranks, ToldToEnd, launched_size, open_ranks
 from pte.report.curves import learning_curve
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import RolloutRequest
@@ -112,14 +112,17 @@ def train_command(arguments: TrainArguments, console: Console, *, ranks: Ranks) 
         f"steps {run.done_steps} of {run.total_steps} done; decode{processes}: {decode_path(run.session.policy)}"
     )
     with step_progress(run, console) as on_step:
-        train(run, on_step=on_step)
+        checkpoint = train(run, on_step=on_step)
     completions: list[EvaluatedCompletion] = []
 
     def keep(_: dict[str, Evaluation], done: list[EvaluatedCompletion]) -> None:
         completions[:] = done
 
     sets = dict.fromkeys(run.session.task.evaluation, config)
-    evaluations = evaluate_sets(run.session, sets, console, on_set=keep)
+    try:
+        evaluations = evaluate_sets(run.session, sets, console, on_set=keep)
+    except (RankLost, ToldToEnd) as stop:
+        raise ended(stop, "evaluation", checkpoint=checkpoint) from stop
     if not ranks.first:
         return
     summary = {

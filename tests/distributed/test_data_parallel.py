@@ -23,6 +23,7 @@ from ranked import (
     do_evaluation,
     do_steps,
     drift_apart,
+    fail_in_evaluation,
     launched,
     on_ranks,
     out_of_memory,
@@ -31,7 +32,17 @@ from ranked import (
     start_with_other_problems,
     told_to_end,
 )
-from short_runs import equal, largest_difference, odd_ids, open_short, parameters, rewarded, text_model, tied
+from short_runs import (
+    equal,
+    largest_difference,
+    odd_ids,
+    open_short,
+    parameters,
+    rewarded,
+    short_flags,
+    text_model,
+    tied,
+)
 
 pytestmark = pytest.mark.system
 
@@ -97,6 +108,16 @@ def test_a_stop_of_one_rank_stops_all_with_its_words_and_nothing_is_updated() ->
     ] * 2
     with pytest.raises(TrainingStopped):
         do_steps(ALONE, settings)
+
+
+def test_a_rank_lost_in_the_evaluation_names_the_checkpoint_and_how_to_go_on(tmp_path: Path) -> None:
+    words = short_flags(distill__steps=1, train__steps=0, run__output_dir=tmp_path, run__name="run")
+    first, other = on_ranks(partial(fail_in_evaluation, words=words))
+    assert first == (
+        f"RankLost: evaluation: rank 1 has failed (cannot score); the last good checkpoint: "
+        f"{latest_checkpoint(tmp_path / 'run' / CHECKPOINTS)}; start the same command again with --run.resume"
+    )
+    assert other == "ValueError: cannot score"
 
 
 def test_of_adapters_that_have_drifted_apart_no_checkpoint_is_written(tmp_path: Path) -> None:

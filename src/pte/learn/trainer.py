@@ -288,7 +288,14 @@ def train(
                 first += stage.steps
         return checkpoint or save(run, run.done_steps)
     except (TrainingStopped, RankLost, ToldToEnd) as stop:
-        last = "none was written yet" if checkpoint is None else str(checkpoint)
-        kind = TrainingStopped if isinstance(stop, TrainingStopped) else RankLost
-        remedy = "" if kind is TrainingStopped else "; start the same command again with --run.resume"
-        raise kind(f"{where}: {stop}; the last good checkpoint: {last}{remedy}") from stop
+        raise ended(stop, where, checkpoint=checkpoint) from stop
+
+
+def ended(stop: BaseException, where: str, *, checkpoint: Path | None) -> TrainingStopped | RankLost:
+    """What ended a run, with the place, the last good checkpoint and, where a rank is gone, how to go on."""
+    last = "none was written yet" if checkpoint is None else str(checkpoint)
+    if isinstance(stop, TrainingStopped):
+        return TrainingStopped(f"{where}: {stop}; the last good checkpoint: {last}")
+    return RankLost(
+        f"{where}: {stop}; the last good checkpoint: {last}; start the same command again with --run.resume"
+    )
