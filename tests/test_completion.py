@@ -100,7 +100,7 @@ ASKED = {
     "pte eval --suite m": ["math6"],
     "pte train --model.dtype b": ["bfloat16"],
     "pte train --model.dtype=b": ["bfloat16"],
-    "pte train --model.dtype=": ["float32", "bfloat16", "float16"],
+    "pte train --model.dtype=": ["float32", "bfloat16", "float16", "float8"],
     "pte train configs/embedded.toml --adapter.targets q_proj k": ["k_proj"],
     "pte train configs/embedded.toml --adapter.targets q_proj --adapter.kind l": ["lora"],
     "pte serve --policy keyd": ["keydiff"],
@@ -112,8 +112,8 @@ ASKED = {
     "pte report no": ["notes.txt"],
     "pte report --output x no": ["notes.txt"],
     "pte eval --output no": ["notes.txt"],
-    "pte doctor ": ["--help", "--json"],
-    "pte doctor --json no": ["notes.txt"],
+    "pte doctor ": ["--help", "--output"],
+    "pte doctor --output no": ["notes.txt"],
 }
 
 

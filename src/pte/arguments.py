@@ -72,7 +72,7 @@ EXAMPLES = {
     "bench": "pte bench --preset cpu --output cpu.json\n"
     "  pte bench --preset gpu --part rollout long --output benchmarks/baselines/h200-7b-w1024.json\n"
     "  pte bench --preset gpu --model tiny --device cpu",
-    "doctor": "pte doctor\n  pte doctor --json doctor.json",
+    "doctor": "pte doctor\n  pte doctor --output doctor.json",
     "completion": "pte completion bash\n  pte completion zsh\n  pte completion fish",
 }
 
@@ -273,7 +273,7 @@ class DoctorArguments:
     the full cache, on every device. Exit status 0: pte works here; 1: something is wrong, with its remedy.
     """
 
-    json: str | None = None
+    output: str | None = None
     """Write the findings to this JSON file, for a report of a fault."""
 
 

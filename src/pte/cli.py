@@ -65,7 +65,7 @@ def run(command: str, parsed: object) -> int:
     if isinstance(parsed, DoctorArguments):
         from pte.doctor.command import doctor
 
-        return doctor(json_file=parsed.json)
+        return doctor(output=parsed.output)
     from pte import commands
 
     commands.run(command, parsed)
