@@ -38,6 +38,10 @@ def test_a_window_alone_evicts_a_quarter_and_a_gpu_alone_computes_in_bfloat16() 
     config = planned("--window=100", "--evict", "50", "--gpu", "h100", "--dtype", "float32").experiment
     assert (config.cache.evict_tokens, config.model.dtype) == (50, "float32")
     assert planned("--host-memory", "8GB").experiment.model.dtype == "float32"
+    # tyro takes underscores for dashes, and so do the short flags and what follows from them.
+    underscores = planned("--cache.window_tokens", "100", "--gpu_memory", "80GB", "--micro_batch=2").experiment
+    dashes = planned("--window", "100", "--gpu-memory", "80GB", "--micro-batch", "2").experiment
+    assert underscores == dashes
 
 
 def test_an_experiment_file_says_what_no_flag_says() -> None:
