@@ -79,7 +79,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
             f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), "
             f"cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
             f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB; "
-            f"{against(planned_rollout(policy, config, longest), grown)}"
+            f"{against(planned_rollout(policy, config, longest, sequences=sequences), grown)}"
         )
         for stage in build_stages(session, config):
             started = time.perf_counter()
@@ -112,12 +112,20 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
     return "\n".join(lines)
 
 
-def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...]) -> int:
-    """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it."""
+def planned_rollout(
+    policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...], *, sequences: int
+) -> int:
+    """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it.
+
+    Args:
+        policy: What is sampled from.
+        config: Of the run.
+        prompt: Which all sequences share.
+        sequences: Of this process, all at once.
+    """
     planned = planned_policy(config, ModelSizes.of(policy.base.config), cuda=policy.device.type == "cuda")
-    work = planned_work(config, prompt_tokens=len(prompt))
-    # All sequences share one prompt here.
-    phase = rollout_memory(planned, replace(work, group_size=work.sequences))
+    work = replace(planned_work(config, prompt_tokens=len(prompt)), sequences=sequences, group_size=sequences)
+    phase = rollout_memory(planned, work)
     fused = planned.fused_numbers * policy.dtype.itemsize
     return phase.device_bytes + (fused if planned.cuda else phase.host_bytes)
 
