@@ -193,6 +193,20 @@ def test_a_broken_package_is_reported_by_name_without_a_traceback(
 
 
 @pytest.mark.system
+@pytest.mark.parametrize(("command", "status"), [("doctor", 1), ("generate", 2)])
+def test_without_the_package_that_reads_the_command_line_the_doctor_still_looks(
+    command: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tyro.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    done = subprocess.run([sys.executable, "-m", "pte", command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    said = done.stdout if command == "doctor" else done.stderr
+    assert "RuntimeError: built for another version" in said
+    assert ("tyro" in said.splitlines()[-1]) if command == "doctor" else ("pte doctor" in said)
+
+
+@pytest.mark.system
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_looked_at(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pte", "doctor", "--output", str(tmp_path / "missing" / "doctor.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
