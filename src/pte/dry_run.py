@@ -112,9 +112,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
     return "\n".join(lines)
 
 
-def planned_rollout(
-    policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...], *, sequences: int
-) -> int:
+def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...], *, sequences: int) -> int:
     """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it.
 
     Args:
