@@ -319,8 +319,11 @@ class RolloutEngine:
         """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""
         seen = look(self.buffers, self.running, stop_token_ids=self.stop_token_ids)
         if self.on_tokens is not None:
+            rows = {one.sequence.order: one.row for one in seen}
             for tokens in new_tokens(self.buffers, seen):
-                self.on_tokens(tokens)
+                # An earlier call may have cancelled this one.
+                if self.running[rows[tokens.order]] is not None:
+                    self.on_tokens(tokens)
         whole = [one for one in seen if one.ended and self.running[one.row] is one.sequence]
         if not whole:
             return
