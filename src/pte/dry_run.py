@@ -133,6 +133,7 @@ def planned_update(
         micro_batch=stage.micro_batch_size,
         gradient_mode=options.gradient_mode,
         horizon=options.horizon,
+        gradient_checkpointing=options.gradient_checkpointing,
         reference=planned_work(config, prompt_tokens=1).reference if isinstance(stage, GrpoStage) else None,
     )
     walk = update_memory(planned, work).device_bytes
