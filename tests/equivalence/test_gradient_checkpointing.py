@@ -87,9 +87,7 @@ def test_what_is_computed_again_is_not_observed_again(setting: str, mode: tuple[
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode[0])
-def test_every_layer_is_observed_once_a_stretch(
-    mode: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_layer_is_observed_once_a_stretch(mode: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
     noted = []
     note = walk.note_attention
 
@@ -114,9 +112,9 @@ def test_the_gradients_are_the_reference_s(setting: str, mode: tuple[str, int | 
     policy = tiny_policy(**SETTINGS[setting])
     prompts, completions = [(3, 4, 5), (8,)], [tuple(range(3, 22)), tuple(range(9, 19))]
     batch = collate(prompts, completions, stream_seeds=range(2), temperature=0.7)
-    logprobs = Replay(
-        policy, gradient_mode=mode[0], horizon=mode[1], gradient_checkpointing=True
-    )(batch).policy_logprobs
+    logprobs = Replay(policy, gradient_mode=mode[0], horizon=mode[1], gradient_checkpointing=True)(
+        batch
+    ).policy_logprobs
     theirs = [
         Reference(policy, gradient_mode=mode[0], horizon=mode[1], temperature=0.7, stream_seed=row).logprobs(*sequence)
         for row, sequence in enumerate(zip(prompts, completions, strict=True))

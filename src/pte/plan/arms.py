@@ -180,9 +180,7 @@ def arm_plan(name: ArmName, policy: PlannedPolicy, work: Workload, machine: Mach
         return rollout_fits(policy, longer, machine) and update_fits(policy, longer, machine)
 
     def largest_batch(asked: Workload) -> int:
-        return largest(
-            lambda count: update_fits(policy, replace(asked, micro_batch=count), machine), asked.sequences
-        )
+        return largest(lambda count: update_fits(policy, replace(asked, micro_batch=count), machine), asked.sequences)
 
     return ArmPlan(
         name=name,
