@@ -111,6 +111,27 @@ def test_it_leaves_a_saved_adapter_that_it_starts_from_alone(tmp_path: Path) -> 
     assert equal(load_adapter(tmp_path / "adapter")[0], parameters(session))
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "set train.gradient_checkpointing, or lower rollout.slots"),
+        ({"train__gradient_checkpointing": True}, "; lower rollout.slots"),
+        ({"distill__steps": 1}, "set distill.gradient_checkpointing, or lower rollout.slots"),
+    ],
+)
+def test_an_update_without_memory_is_told_to_compute_layers_again(
+    changes: dict[str, object], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch.Tensor, "backward", no_memory)
+    with pytest.raises(RuntimeError, match="worst case does not fit") as caught:
+        dry_run(short_config(**{"distill__steps": 0, **changes}))
+    assert remedy in str(caught.value)
+    assert ("set " in str(caught.value)) == remedy.startswith("set ")
+
+
 def test_a_worst_case_without_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")

@@ -182,7 +182,7 @@ class PlanArguments:
     --window without --evict evicts a quarter. Offline, --model takes qwen2.5-3b, qwen2.5-7b, llama-3.1-8b and
     r1-distill-llama-8b. Short for the experiment's flags:
     --model --dtype --rank --window --evict --completion --slots --group --prompts-per-step --micro-batch
-    --gradient-mode --horizon.
+    --gradient-mode --horizon --gradient-checkpointing.
     """
 
     experiment: Flattened
@@ -215,6 +215,7 @@ PLAN_FLAGS = {
     "--micro-batch": "--train.micro-batch-size",
     "--gradient-mode": "--train.gradient-mode",
     "--horizon": "--train.horizon",
+    "--gradient-checkpointing": "--train.gradient-checkpointing",
 }
 """What is short for what in `pte plan`."""
 

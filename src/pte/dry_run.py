@@ -57,7 +57,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
         f"worst case: prompt {len(longest)} tokens (the longest of the training problems), completion "
         f"{limit} tokens, {sequences} sequences at once"
     ]
-    started = time.perf_counter()
+    started, remedy = time.perf_counter(), ""
     try:
         engine = RolloutEngine(
             policy,
@@ -85,6 +85,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
             started = time.perf_counter()
             if isinstance(stage, DistillStage) and stage.source == "teacher":
                 lines.append(teacher_rollout(stage, longest))
+            remedy = recomputation(stage)
             grown = device_growth_bytes(policy.device, partial(one_update, stage, rollouts))
             seconds = time.perf_counter() - started
             lines.append(
@@ -94,8 +95,9 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
             )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"the worst case does not fit: {str(error).splitlines()[0]}; done so far: {'; '.join(lines)}; lower "
-            f"rollout.slots, train.micro_batch_size, cache.window_tokens or rollout.max_new_tokens, in this order"
+            f"the worst case does not fit: {str(error).splitlines()[0]}; done so far: {'; '.join(lines)}; "
+            f"{remedy}lower rollout.slots, train.micro_batch_size, cache.window_tokens or rollout.max_new_tokens, in "
+            f"this order"
         ) from error
     expected = analytic_bytes(
         policy.cache_shape,
@@ -146,10 +148,19 @@ def planned_update(
         micro_batch=stage.micro_batch_size,
         gradient_mode=options.gradient_mode,
         horizon=options.horizon,
+        gradient_checkpointing=options.gradient_checkpointing,
         reference=planned_work(config, prompt_tokens=1).reference if isinstance(stage, GrpoStage) else None,
     )
     walk = update_memory(planned, work).device_bytes
     return max(walk, (1 + ADAMW_MOMENTS) * planned.adapter_bytes)
+
+
+def recomputation(stage: object) -> str:
+    """The first remedy of a stage whose update does not fit; nothing where its layers are computed again already."""
+    assert isinstance(stage, DistillStage | GrpoStage)
+    if stage.replay.gradient_checkpointing or stage.replay.policy.schedule.is_full:
+        return ""
+    return f"set {'distill' if isinstance(stage, DistillStage) else 'train'}.gradient_checkpointing, or "
 
 
 def against(planned: int | None, measured: int | None) -> str:

@@ -27,9 +27,12 @@ def test_short_flags_say_what_the_experiment_s_own_say() -> None:
         "--window": "64",
         "--evict": "32",
     }
-    short = [f"{flag}={values.get(flag, '4')}" for flag in PLAN_FLAGS]
-    long = [word for flag, name in PLAN_FLAGS.items() for word in (name, values.get(flag, "4"))]
-    assert planned(*short) == planned(*long)
+    switch = "--gradient-checkpointing"
+    valued = {flag: name for flag, name in PLAN_FLAGS.items() if flag != switch}
+    short = [f"{flag}={values.get(flag, '4')}" for flag in valued]
+    long = [word for flag, name in valued.items() for word in (name, values.get(flag, "4"))]
+    assert planned(*short, switch) == planned(*long, PLAN_FLAGS[switch])
+    assert planned(switch).experiment.train.gradient_checkpointing
 
 
 def test_a_window_alone_evicts_a_quarter_and_a_gpu_alone_computes_in_bfloat16() -> None:

@@ -199,7 +199,7 @@ class PTEGRPOTrainer(GRPOTrainer):
         """Log-probs of the completions by the bounded replay, their entropies where asked for, no auxiliary loss."""
         assert self.record is not None, "TRL scores completions outside of its batches now"
         policy = self.scored_policy(model)
-        replay = Replay(policy)
+        replay = Replay(policy, gradient_checkpointing=bool(self.args.gradient_checkpointing))
         batch = replay_batch(input_ids, attention_mask[:, :-logits_to_keep], self.record, temperature=self.temperature)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         outputs = [replay(batch.take(part)) for part in rows.split(batch_size or len(rows))]
