@@ -376,6 +376,18 @@ def test_neither_training_mode_nor_checkpointing_changes_what_is_generated() -> 
     assert model.training and all(layer.gradient_checkpointing for layer in model.get_base_model().get_decoder().layers)
 
 
+@pytest.mark.parametrize("kind", ["thought", "lora"])
+def test_autocast_changes_nothing_that_is_generated(kind: str) -> None:
+    model = peft_model(dtype=torch.float32, kind=kind)
+    call = {**batch_of(), "max_new_tokens": 30, "do_sample": True, "eos_token_id": None}
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(model.generate(**call))
+    assert torch.equal(*found)
+
+
 def test_a_disabled_adapter_leaves_the_base_under_the_same_budget() -> None:
     model = peft_model()
     call = {**batch_of(), "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}

@@ -102,11 +102,13 @@ def generate(
         temperature=options.temperature,
         stop_token_ids=ends,
     )
-    if options.criteria or streamer is not None:
-        watch = Watch(rows, options=options, streamer=streamer, pad_token_id=pad)
-        completions = run_watched(engine, requests, watch)
-    else:
-        completions = [list(rollout.completion_ids) for rollout in engine.run(requests)]
+    # The policy is what a rollout samples and a replay scores: in the base's own dtype, whoever calls it.
+    with torch.autocast(policy.device.type, enabled=False):
+        if options.criteria or streamer is not None:
+            watch = Watch(rows, options=options, streamer=streamer, pad_token_id=pad)
+            completions = run_watched(engine, requests, watch)
+        else:
+            completions = [list(rollout.completion_ids) for rollout in engine.run(requests)]
     sequences = padded_sequences(rows, completions, pad_token_id=pad)
     if options.returns_dict:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
