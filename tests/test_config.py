@@ -30,7 +30,7 @@ from pte.config import (
 from pte.config_file import SECTIONS, flags_from_file, load_experiment, read_experiment_file, refuse_flags
 from pte.config_rules import describe, fitting_value
 from pte.method.adapter import LINEAR_MAPS
-from pte.session import eviction_policy
+from pte.open_policy import eviction_policy
 
 EVERY_FIELD = """
 [model]

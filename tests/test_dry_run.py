@@ -89,7 +89,9 @@ def test_float8_names_what_computes_it_and_halves_the_cache_but_for_its_scales()
 def test_it_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sessions = []
     opened = dry_run_module.open_session
-    monkeypatch.setattr(dry_run_module, "open_session", lambda config: sessions.append(opened(config)) or sessions[0])
+    monkeypatch.setattr(
+        dry_run_module, "open_session", lambda config, **given: sessions.append(opened(config, **given)) or sessions[0]
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--dry-run", *short_flags()]) == 0
     assert "worst case: prompt 23 tokens" in capsys.readouterr().out

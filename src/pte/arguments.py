@@ -79,11 +79,18 @@ EXAMPLES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """Warm start and GRPO of one policy."""
+    """Warm start and GRPO of one policy.
+
+    Several processes share a run under torchrun or accelerate launch: torchrun --nproc-per-node 8 -m pte train
+    configs/gsm8k.toml --model.device cuda (docs/distributed.md).
+    """
 
     experiment: Flattened
     dry_run: bool = False
     """Run the worst case once (longest prompt, longest completion, one update), print its peak memory, keep nothing."""
+    shard_base: bool = False
+    """Under torchrun or accelerate launch: each process holds a share of the base's layers (FSDP2), which are gathered
+    one at a time; for a base that one device cannot hold. Without it each process holds the whole base."""
 
 
 @dataclasses.dataclass(frozen=True)

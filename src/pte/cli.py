@@ -7,6 +7,7 @@ Decides: how an experiment file, a saved adapter's options and budget, and the u
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,10 @@ from pte.arguments import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0 done, 1 the doctor found something wrong, 2 bad input, 3 stopped."""
+    """Runs a command; returns its exit status.
+
+    0 is done, 1 means that the doctor found something wrong, 2 bad input, 3 stopped by a safety check or a lost rank.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(OVERVIEW)
@@ -47,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\npte: interrupted{how}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"pte {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if type(error).__name__ == "TrainingStopped" else 2
+        rank = os.environ.get("RANK", "0")
+        speaker = command if rank == "0" else f"{command} (rank {rank})"
+        print(f"pte {speaker}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 3 if type(error).__name__ in ("TrainingStopped", "RankLost") else 2
 
 
 def run(command: str, parsed: object) -> int:

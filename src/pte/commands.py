@@ -1,11 +1,13 @@
 """What each command does with its arguments: build, run with a progress bar, print a table, write a summary.
 
-Decides: what a person sees. Does not know how anything is computed.
+Decides: what a person sees, and which commands share their work between the processes of a launcher; the first of them
+alone prints and writes. Does not know how anything is computed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from pte.eval_command import eval_command, evaluate_sets, evaluation_table
 from pte.learn.stage import StepResult
 from pte.learn.trainer import Run, open_run, train
 from pte.progress import bar
+from pte.ranks import Ranks, launched_size, open_ranks
 from pte.report.curves import learning_curve
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import RolloutRequest
@@ -54,15 +57,26 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 
 def run(command: str, arguments: object) -> None:
-    """Runs a parsed command."""
+    """Runs a parsed command.
+
+    Raises:
+        ValueError: A launcher has started several processes of a command that does not share its work.
+    """
     console = Console()
     disable_progress_bar()
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
+    shared = {"train": train_command, "distill": distill_command, "eval": eval_command}
+    if command in shared:
+        with open_ranks() as ranks:
+            console.quiet = not ranks.first
+            shared[command](arguments, console, ranks=ranks)  # type: ignore[operator]
+        return
+    if (size := launched_size(os.environ)) > 1:
+        raise ValueError(
+            f"a launcher can start {', '.join(shared)}, got {size} processes of {command}; run pte {command} by itself"
+        )
     {
-        "train": train_command,
-        "distill": distill_command,
-        "eval": eval_command,
         "generate": generate_command,
         "serve": serve_command,
         "compare": compare_command,
@@ -73,28 +87,29 @@ def run(command: str, arguments: object) -> None:
     }[command](arguments, console)  # type: ignore[operator]
 
 
-def distill_command(arguments: TrainArguments, console: Console) -> None:
+def distill_command(arguments: TrainArguments, console: Console, *, ranks: Ranks) -> None:
     """The warm start alone."""
     experiment = arguments.experiment
     if not experiment.distill.steps:
         raise ValueError("distill.steps must be at least 1 for pte distill, got 0; set --distill.steps 500")
     only = replace(experiment, train=replace(experiment.train, steps=0))
-    train_command(replace(arguments, experiment=only), console)
+    train_command(replace(arguments, experiment=only), console, ranks=ranks)
 
 
-def train_command(arguments: TrainArguments, console: Console) -> None:
+def train_command(arguments: TrainArguments, console: Console, *, ranks: Ranks) -> None:
     """Warm start and GRPO, then the evaluation; writes summary.json, rollouts.json and curve.png."""
     config = arguments.experiment
     if arguments.dry_run:
-        console.print(dry_run(config))
+        console.print(dry_run(config, ranks=ranks, shard_base=arguments.shard_base))
         return
     started = time.perf_counter()
-    run = open_run(config)
+    run = open_run(config, ranks=ranks, shard_base=arguments.shard_base)
     adapter = run.session.policy.adapter
     assert adapter is not None
+    processes = "" if ranks.size == 1 else f" of each of {ranks.size} ranks"
     console.print(
         f"run [bold]{run.directory}[/]: {sum(p.numel() for p in adapter.parameters()):,} trainable parameters, "
-        f"steps {run.done_steps} of {run.total_steps} done; decode: {decode_path(run.session.policy)}"
+        f"steps {run.done_steps} of {run.total_steps} done; decode{processes}: {decode_path(run.session.policy)}"
     )
     with step_progress(run, console) as on_step:
         train(run, on_step=on_step)
@@ -105,10 +120,13 @@ def train_command(arguments: TrainArguments, console: Console) -> None:
 
     sets = dict.fromkeys(run.session.task.evaluation, config)
     evaluations = evaluate_sets(run.session, sets, console, on_set=keep)
+    if not ranks.first:
+        return
     summary = {
         "run": str(run.directory),
         "seconds": time.perf_counter() - started,
         "steps": run.total_steps,
+        "ranks": ranks.size,
         "decode": decode_path(run.session.policy),
         "evaluations": {name: evaluation.as_json() for name, evaluation in evaluations.items()},
         "last_metrics": last_metrics(run),

@@ -24,6 +24,7 @@ from pte.plan.model_sizes import ModelSizes
 from pte.plan.process_memory import device_growth_bytes
 from pte.plan.rollout_memory import rollout_memory
 from pte.plan.update_memory import update_memory
+from pte.ranks import ALONE, Ranks
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest, collate_rollouts
 from pte.session import check_problems, open_session
@@ -33,19 +34,25 @@ if TYPE_CHECKING:
     from pte.model.policy import BoundedPolicy
 
 
-def dry_run(config: ExperimentConfig) -> str:
+def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool = False) -> str:
     """Runs the worst case of every stage once and says what it took.
+
+    Args:
+        config: What would run.
+        ranks: Processes that would share it; each runs the worst case of its share.
+        shard_base: The base's layers lie in shards on them.
 
     Raises:
         ValueError: The configuration does not fit, as for a real run.
         RuntimeError: Out of memory; the message says what to lower.
     """
     config.check_trainable()
-    session = open_session(config)
+    session = open_session(config, ranks=ranks, shard_base=shard_base)
     policy, limit = session.policy, config.rollout.max_new_tokens
     check_problems(session, config)
     longest = session.task.longest_prompt()
-    sequences = min(config.rollout.slots, config.train.prompts_per_step * config.train.group_size)
+    groups = -(-config.train.prompts_per_step // ranks.size)
+    sequences = min(config.rollout.slots, groups * config.train.group_size)
     lines = [
         f"worst case: prompt {len(longest)} tokens (the longest of the training problems), completion "
         f"{limit} tokens, {sequences} sequences at once"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pte.progress import bar
+from pte.ranks import Ranks
 from pte.rollout.record import Rollout
 from pte.rollout.token_step import decode_path
 from pte.run_record import check_output, replace_synced
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pte.tasks.evaluate import EvaluatedCompletion
 
 
-def eval_command(arguments: EvalArguments, console: Console) -> None:
+def eval_command(arguments: EvalArguments, console: Console, *, ranks: Ranks) -> None:
     """Scores as a table and, where asked for, as JSON."""
     config, suite = arguments.experiment, arguments.suite
     if (suite is None) != (arguments.data_dir is None):
@@ -53,13 +54,15 @@ def eval_command(arguments: EvalArguments, console: Console) -> None:
         for path in config.task.eval_paths:
             for warning in overlap_warnings(arguments.train_path, path):
                 console.print(f"[yellow]warning[/]: {warning}")
-    session = open_session(config)
+    session = open_session(config, ranks=ranks)
     if not session.task.evaluation:
         raise ValueError("task.eval_paths must name problem files for pte eval, got none; set --task.eval-paths FILE")
     check_evaluation(session, config)
     console.print(f"decode: {decode_path(session.policy)}", highlight=False)
 
     def write(evaluations: dict[str, Evaluation], completions: list[EvaluatedCompletion]) -> None:
+        if not ranks.first:
+            return
         if arguments.output is not None:
             content: dict[str, Json] = {name: evaluation.as_json() for name, evaluation in evaluations.items()}
             if suite is not None:
@@ -101,7 +104,8 @@ def evaluate_sets(
     completions: list[EvaluatedCompletion] = []
     for name, config in sets.items():
         with bar(console) as progress:
-            total = len(session.task.evaluation[name]) * config.eval.samples_per_problem
+            completed = len(session.task.evaluation[name]) * config.eval.samples_per_problem
+            total = len(session.ranks.share(range(completed)))
             task = progress.add_task(f"evaluating {name}", total=total)
 
             def on_finish(rollout: Rollout, progress: Progress = progress, task: object = task) -> None:

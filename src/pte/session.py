@@ -11,15 +11,17 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from pte.checkpoint_files import AdapterMetadata, check_adapter_fits, fingerprint_of_base
 from pte.config import TaskConfig
 from pte.learn.rewards import compute_rewards
 from pte.lora_folder import is_lora_folder, start_from_lora
-from pte.method.adapter import ThoughtAdapter
-from pte.method.eviction.registry import make_policy
-from pte.model.load import check_positions, dtype_named, end_token_ids, load_base, load_tokenizer
-from pte.model.policy import BoundedPolicy, attach_adapter, layer_sizes, query_maps
+from pte.model.load import check_positions, end_token_ids, load_tokenizer
+from pte.model.policy import BoundedPolicy
+from pte.open_policy import load_policy, sharded_policy
 from pte.peft_folder import check_tensors_fit, load_any_adapter
+from pte.ranks import ALONE, Ranks
 from pte.tasks.chained import embedded_model_dir
 from pte.tasks.families import FAMILIES
 from pte.tasks.task import Task, generated_task, jsonl_task
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from pte.config import AdapterConfig, CacheConfig, ExperimentConfig
-    from pte.method.eviction.policy import EvictionPolicy
+    from pte.config import ExperimentConfig
 
 
 FINGERPRINT_ROWS = 512
@@ -43,11 +44,13 @@ class Session:
         base_name: As the configuration names it.
         policy: Base, adapter, budget.
         task: Problems and scoring.
+        ranks: Processes that share its work.
     """
 
     base_name: str
     policy: BoundedPolicy
     task: Task
+    ranks: Ranks = ALONE
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's parameters, on the CPU."""
@@ -103,17 +106,33 @@ def base_fingerprint(base: PreTrainedModel) -> str:
 
 
 def open_session(
-    config: ExperimentConfig, *, task_of: Callable[[ExperimentConfig, object], Task] | None = None
+    config: ExperimentConfig,
+    *,
+    task_of: Callable[[ExperimentConfig, object], Task] | None = None,
+    ranks: Ranks = ALONE,
+    shard_base: bool = False,
 ) -> Session:
     """Loads the base, attaches the adapter, opens the task.
 
     Args:
         config: What to open.
         task_of: Makes the task from the configuration and the base's tokenizer; None for `open_task`.
+        ranks: Processes that share the work; each has the adapter of rank 0.
+        shard_base: Each has a share of the base's layers, where it would have the whole base.
 
     Raises:
         ValueError, FileNotFoundError, OSError: Model, adapter or data are missing, unsupported or do not fit.
     """
+    if shard_base and ranks.size == 1:
+        raise ValueError(
+            "--shard-base needs several processes to hold the shards, got 1; start with torchrun or accelerate launch, "
+            "or leave it out"
+        )
+    if shard_base and config.model.dtype == "float8":
+        raise ValueError(
+            "--shard-base needs a model.dtype whose weights FSDP shards, got 'float8'; set --model.dtype bfloat16, or "
+            "leave out --shard-base"
+        )
     path = str(embedded_model_dir()) if config.model.path == "embedded" else config.model.path
     if config.adapter.checkpoint is not None and config.adapter.kind == "none":
         raise ValueError(
@@ -127,50 +146,17 @@ def open_session(
             f"model.path must name a directory with a Transformers checkpoint, or one on the hub, got "
             f"{config.model.path!r} ({str(error).splitlines()[0]}); check the path"
         ) from error
+    device = torch.device(ranks.device(config.model.device))
     task = (task_of or open_task)(config, tokenizer)
-    base = load_base(
-        path,
-        dtype=dtype_named(config.model.dtype),
-        device=config.model.device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    task = replace(task, more_stop_token_ids=end_token_ids(base))
-    adapter = None
-    options = config.adapter
-    if options.kind != "none":
-        adapter = new_adapter(options, base, seed=config.run.seed)
-        attach_adapter(base, adapter)
-    policy = BoundedPolicy(base, adapter, config.cache.schedule, eviction_policy(config.cache))
-    session = Session(base_name=config.model.path, policy=policy, task=task)
+    policy = sharded_policy(path, config, ranks, device=device) if shard_base else load_policy(path, config, device)
+    task = replace(task, more_stop_token_ids=end_token_ids(policy.base))
+    session = Session(base_name=config.model.path, policy=policy, task=task, ranks=ranks)
     if config.adapter.checkpoint is not None:
         session.start_adapter(config.adapter.checkpoint)
+    if policy.adapter is not None:
+        # Made from the same seed, but perhaps on processors that round otherwise.
+        ranks.copy_from_first(list(policy.adapter.parameters()))
     return session
-
-
-def new_adapter(options: AdapterConfig, base: PreTrainedModel, *, seed: int) -> ThoughtAdapter:
-    """A fresh adapter for a base, of a kind that has one.
-
-    Args:
-        options: What it is; `checkpoint` is not looked at.
-        base: The base it is made for.
-        seed: Of the initial values.
-    """
-    assert options.kind != "none"
-    adapter = ThoughtAdapter(
-        layer_sizes(base),
-        kind=options.kind,
-        rank=options.rank,
-        targets=options.targets,
-        layers=options.layers or None,
-        scale=options.scale,
-        update_rule=options.update_rule,
-        key_space=options.key_space,
-        global_tokens=options.global_tokens,
-        seed=seed,
-    )
-    if options.down_start == "queries" and adapter.encoder is not None:
-        adapter.start_from_queries(query_maps(base))
-    return adapter
 
 
 def check_problems(session: Session, config: ExperimentConfig) -> None:
@@ -228,11 +214,6 @@ def check_evaluation(session: Session, config: ExperimentConfig) -> None:
             completion_tokens=config.eval.max_new_tokens,
             allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         )
-
-
-def eviction_policy(cache: CacheConfig) -> EvictionPolicy:
-    """The eviction policy of a configuration; the full cache never asks it."""
-    return make_policy(cache.registered, option=cache.policy_option)
 
 
 def check_no_idle_fields(task: TaskConfig) -> None:

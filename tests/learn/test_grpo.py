@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pte.learn.grpo import GrpoStage, score_rollouts
+from pte.learn.grpo import GrpoStage
 from pte.learn.optimizer import TrainingStopped
+from pte.learn.scored import score_rollouts
 from pte.learn.trainer import build_stages
 from pte.rollout.replay import Replay
 from pte.session import Session

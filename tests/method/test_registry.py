@@ -11,7 +11,7 @@ import pytest
 from pte.config import CacheConfig
 from pte.method.eviction import registry
 from pte.method.eviction.registry import POLICIES, PolicyName, make_policy
-from pte.session import eviction_policy
+from pte.open_policy import eviction_policy
 
 SHARED = {"__init__", "policy", "registry", "scored"}
 

@@ -18,7 +18,7 @@ from pte.config_file import SECTIONS
 from pte.config_rules import FieldValue
 from pte.evidence.cost import warmup_tokens
 from pte.evidence.step import CostStep
-from pte.learn.grpo import ScoredRollout
+from pte.learn.scored import ScoredRollout
 from pte.plan.process_memory import peak_growth_bytes, probe_available
 
 

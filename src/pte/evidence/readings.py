@@ -17,10 +17,11 @@ import torch
 
 from pte.arms import arm_config
 from pte.model.segment import fold
+from pte.open_policy import eviction_policy
 from pte.rollout.record import collate
 from pte.rollout.stretch import run_stretch
 from pte.rollout.walk import Walk, expanded_first_state
-from pte.session import Session, eviction_policy, open_task
+from pte.session import Session, open_task
 from pte.tasks.evaluate import evaluate_session
 from pte.tasks.recall import read_completion
 from pte.tasks.rollouts_file import ROLLOUTS, write_rollouts

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pte.learn.grpo import ScoredRollout, score_rollouts
+from pte.learn.scored import ScoredRollout, score_rollouts
 from pte.learn.trainer import build_grpo
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest

@@ -29,8 +29,9 @@ from pte.integrations.peft_layer import AdaptedMap, active_adapter
 from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
 from pte.model.load import check_supported
 from pte.model.policy import BoundedPolicy, home_of
+from pte.open_policy import eviction_policy, new_adapter
 from pte.peft_folder import KEY_PREFIX, PEFT_TYPE, check_tensors_fit
-from pte.session import base_fingerprint, eviction_policy, new_adapter
+from pte.session import base_fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftConfig

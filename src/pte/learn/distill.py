@@ -11,14 +11,15 @@ Paper: none; ours, see docs/log.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from pte.learn.optimizer import AdapterOptimizer, backpropagate, check_finite_loss
+from pte.learn.optimizer import AdapterOptimizer, TrainingStopped, backpropagate, check_finite_loss
 from pte.learn.stage import StepResult, by_length, peak_memory_bytes
 from pte.method.schedule import EvictionSchedule
+from pte.ranks import ALONE, Ranks
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import RolloutRequest, collate
 from pte.rollout.replay import Replay
@@ -50,6 +51,7 @@ class DistillStage:
         slots: Of the teacher's rollouts.
         seed: Of the teacher's rollouts.
         allow_beyond_trained_positions: Run past the base's trained positions.
+        ranks: Processes that share each step.
 
     Raises:
         ValueError: `traces` where the task has none.
@@ -73,6 +75,7 @@ class DistillStage:
         slots: int,
         seed: int,
         allow_beyond_trained_positions: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         if source == "traces" and task.training(0).trace is None:
             raise ValueError(
@@ -89,6 +92,7 @@ class DistillStage:
         self.source: Source = source
         self.temperature = temperature
         self.seed = seed
+        self.ranks = ranks
         self.teacher = RolloutEngine(
             policy.without_adapter().with_cache(EvictionSchedule(None)),
             slots=slots,
@@ -102,14 +106,48 @@ class DistillStage:
         """One optimizer step of imitation."""
         started = time.perf_counter()
         examples, teacher_nll = self.examples(index)
-        tokens = sum(len(completion) for _, completion in examples)
-        total, entropy = 0.0, 0.0
         lengths = [len(completion) for _, completion in examples]
-        for batch in by_length(examples, lengths, size=self.micro_batch_size):
+        tokens = sum(lengths)
+        try:
+            shares = self.ranks.together(lambda: self.replay_share(index, examples), stop=TrainingStopped)
+        except TrainingStopped:
+            self.optimizer.adamw.zero_grad()
+            raise
+        total, entropy = (sum(part) for part in zip(*shares, strict=True))
+        grad_norm, learning_rate = self.optimizer.step()
+        peaks = self.ranks.gather(peak_memory_bytes(self.policy.device))
+        seconds = time.perf_counter() - started
+        metrics = {
+            "loss": total,
+            "entropy": entropy,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "completion_tokens": tokens / len(examples),
+            "evictions": sum(map(self.policy.schedule.num_evictions, lengths)) / len(lengths),
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": float(max(peaks)),
+        }
+        if teacher_nll is not None:
+            metrics["teacher_kl"] = total - teacher_nll
+        return StepResult(metrics)
+
+    def replay_share(self, index: int, examples: Sequence[Example]) -> tuple[float, float]:
+        """This rank's part of the loss and of the mean entropy of a step; its gradients are added to the parameters'.
+
+        Raises:
+            TrainingStopped: The loss is not finite.
+        """
+        lengths = [len(completion) for _, completion in examples]
+        tokens, total, entropy = sum(lengths), 0.0, 0.0
+        order = [row for batch in by_length(range(len(examples)), lengths, size=len(examples)) for row in batch]
+        # The seed of an example is that of its place in the micro-batch that it has where one process has them all.
+        places = {row: place % self.micro_batch_size for place, row in enumerate(order)}
+        for rows in by_length(range(len(examples)), lengths, size=self.micro_batch_size, ranks=self.ranks):
             padded = collate(
-                [prompt for prompt, _ in batch],
-                [completion for _, completion in batch],
-                stream_seeds=[stream_seed(self.seed, "distill", index, row) for row in range(len(batch))],
+                [examples[row][0] for row in rows],
+                [examples[row][1] for row in rows],
+                stream_seeds=[stream_seed(self.seed, "distill", index, places[row]) for row in rows],
                 temperature=self.temperature,
                 device=self.policy.device,
             )
@@ -121,22 +159,7 @@ class DistillStage:
             check_finite_loss(loss)
             total += loss.item()
             entropy += output.entropies.sum().item() / tokens
-        grad_norm, learning_rate = self.optimizer.step()
-        seconds = time.perf_counter() - started
-        metrics = {
-            "loss": total,
-            "entropy": entropy,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "completion_tokens": tokens / len(examples),
-            "evictions": sum(map(self.policy.schedule.num_evictions, lengths)) / len(lengths),
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "peak_memory_bytes": float(peak_memory_bytes(self.policy.device)),
-        }
-        if teacher_nll is not None:
-            metrics["teacher_kl"] = total - teacher_nll
-        return StepResult(metrics)
+        return total, entropy
 
     def examples(self, index: int) -> tuple[list[Example], float | None]:
         """Prompts and completions to imitate, and the teacher's own mean negative log-prob of them."""
@@ -145,11 +168,11 @@ class DistillStage:
         if self.source == "traces":
             traces = [self.task.completion_ids(one.trace) for one in problems if one.trace is not None]
             return list(zip(prompts, traces, strict=True)), None
-        rollouts = self.teacher.run(
-            [
-                RolloutRequest(prompt, stream_seed(self.seed, "teacher", index, row))
-                for row, prompt in enumerate(prompts)
-            ]
+        requests = [
+            RolloutRequest(prompt, stream_seed(self.seed, "teacher", index, row)) for row, prompt in enumerate(prompts)
+        ]
+        rollouts = self.ranks.whole(
+            self.ranks.together(lambda: self.teacher.run(self.ranks.share(requests)), stop=TrainingStopped)
         )
         tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         nll = -sum(rollout.rollout_logprobs.sum().item() for rollout in rollouts) / tokens

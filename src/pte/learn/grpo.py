@@ -3,6 +3,8 @@
 Decides: which prompts a step uses (with dynamic sampling: until enough groups have mixed accuracy), what is measured,
 and that nothing is updated when rollout and replay disagree by more than the threshold (law 1).
 It starts at the first problem of the task's endless order, whether or not a warm start has seen it.
+Several ranks sample whole groups in turns and exchange their rollouts, so that every rank knows the whole batch and
+decides as the others do; each replays a share of each mini-batch, and gradients add up in the optimizer's step.
 Does not know: logging, checkpoints (`trainer`), how log-probs are made (`replay`).
 
 Paper: the cache-aware GRPO objective, E_{y ~ pi^D}[r(y) - beta KL(pi^D || pi_ref)].
@@ -22,44 +24,32 @@ from torch.nn.utils.rnn import pad_sequence
 from pte.learn.advantages import group_advantages, mixed_accuracy_groups, tied_groups
 from pte.learn.loss import BatchTotals, PolicyObjective, policy_loss
 from pte.learn.optimizer import AdapterOptimizer, TrainingStopped, backpropagate, check_finite_loss
-from pte.learn.rewards import compute_rewards
+from pte.learn.scored import Group, ScoredRollout, completion_row, score_rollouts
 from pte.learn.stage import StepResult, by_length, peak_memory_bytes
+from pte.ranks import ALONE, Ranks
 from pte.rollout.generate import RolloutEngine
-from pte.rollout.record import LogprobGap, Rollout, RolloutRequest, collate_rollouts, logprob_gap
+from pte.rollout.record import RolloutRequest, collate_rollouts, logprob_gap
 from pte.rollout.replay import Replay
 from pte.rollout.sampling import stream_seed
-from pte.timing import timed
 
 if TYPE_CHECKING:
-    from pte.checkpoint_files import Json, StateTree
-    from pte.tasks.problems import Problem
+    from pte.checkpoint_files import StateTree
     from pte.tasks.task import Task
 
 CUT_OFF_WARNING_FRACTION = 0.95
 
 
 @dataclass(frozen=True)
-class ScoredRollout:
-    """A rollout with what it earned.
+class ReplayedShare:
+    """What a rank's share of a mini-batch says of the whole; shares add up.
 
     Args:
-        rollout: The completion.
-        problem: What it answers.
-        text: The completion as text.
-        reward: What GRPO raises.
-        accuracy: 1.0 where the answer is right.
-        advantage: Reward relative to its group; 0 until it is known.
+        sums: Shares of means over the mini-batch, by metric.
+        gap_max: Largest gap of a token between rollout and replay, nats; 0 for an empty share.
     """
 
-    rollout: Rollout
-    problem: Problem
-    text: str
-    reward: float
-    accuracy: float
-    advantage: float = 0.0
-
-
-Group = list[ScoredRollout]
+    sums: dict[str, float]
+    gap_max: float
 
 
 class GrpoStage:
@@ -82,6 +72,7 @@ class GrpoStage:
         max_logprob_gap: Threshold in nats at which the run stops.
         seed: Of prompts and rollouts.
         log_completions: Return completions with each step.
+        ranks: Processes that share each step.
     """
 
     name = "grpo"
@@ -105,6 +96,7 @@ class GrpoStage:
         max_logprob_gap: float,
         seed: int,
         log_completions: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.task = task
         self.engine = engine
@@ -122,6 +114,7 @@ class GrpoStage:
         self.max_logprob_gap = max_logprob_gap
         self.seed = seed
         self.log_completions = log_completions
+        self.ranks = ranks
         self.position = 0
 
     def step(self, index: int) -> StepResult:
@@ -138,6 +131,10 @@ class GrpoStage:
         ]
         size = -(-len(scored) // self.minibatches_per_step)
         updates = [self.update(scored[start : start + size], first=start == 0) for start in range(0, len(scored), size)]
+        peaks, cache_bytes = zip(
+            *self.ranks.gather((peak_memory_bytes(self.engine.policy.device), self.engine.peak_cache_bytes)),
+            strict=True,
+        )
         seconds = time.perf_counter() - started
         tied = tied_groups(rewards).double().mean().item()
         metrics = {
@@ -145,13 +142,14 @@ class GrpoStage:
             # After the first update the policy has moved on: only the first shows the gap of law 1.
             **{key: value for key, value in updates[0].items() if key.startswith("logprob_gap")},
             **self.rollout_metrics(scored),
+            "cache_bytes": float(max(cache_bytes)),
             "tied_groups_fraction": tied,
             "resample_rounds": float(rounds),
             "seconds": seconds,
             "rollout_seconds": rollout_seconds,
             "replay_seconds": seconds - rollout_seconds,
             "tokens_per_second": sum(len(one.rollout.completion_ids) for one in scored) / seconds,
-            "peak_memory_bytes": float(peak_memory_bytes(self.engine.policy.device)),
+            "peak_memory_bytes": float(max(peaks)),
         }
         warnings = []
         if metrics["cut_off_fraction"] >= CUT_OFF_WARNING_FRACTION:
@@ -164,7 +162,7 @@ class GrpoStage:
                 f"all {len(groups)} groups tie (reward {metrics['reward']:.3g}): this step has no gradient; use easier "
                 f"or harder problems, more completions per prompt, or a warm start"
             )
-        rows = [self.completion_row(one) for one in scored] if self.log_completions else []
+        rows = [completion_row(one) for one in scored] if self.log_completions else []
         return StepResult(metrics, rows, warnings)
 
     def collect_groups(self, index: int) -> tuple[list[Group], int]:
@@ -187,21 +185,29 @@ class GrpoStage:
         return kept + spare[: self.prompts_per_step - len(kept)], self.max_resample_rounds
 
     def sample_groups(self, index: int, round_index: int, *, count: int) -> list[Group]:
-        """Rollouts and rewards of the next `count` problems."""
+        """Rollouts and rewards of the next `count` problems; each rank samples its share of the groups."""
         problems = [self.task.training(self.position + offset).problem for offset in range(count)]
         self.position += count
         requests = [
-            RolloutRequest(
-                self.task.prompt_ids(problem),
-                stream_seed(self.seed, "grpo", index, round_index, problem.id, offset, member),
-            )
+            [
+                RolloutRequest(
+                    self.task.prompt_ids(problem),
+                    stream_seed(self.seed, "grpo", index, round_index, problem.id, offset, member),
+                )
+                for member in range(self.group_size)
+            ]
             for offset, problem in enumerate(problems)
-            for member in range(self.group_size)
         ]
-        rollouts = self.engine.run(requests)
-        repeated = [problem for problem in problems for _ in range(self.group_size)]
-        scored = score_rollouts(self.task, rollouts, repeated)
-        return [scored[start : start + self.group_size] for start in range(0, len(scored), self.group_size)]
+
+        def sample() -> list[Group]:
+            own = [request for group in self.ranks.share(requests) for request in group]
+            if not own:
+                return []
+            repeated = [problem for problem in self.ranks.share(problems) for _ in range(self.group_size)]
+            scored = score_rollouts(self.task, self.engine.run(own), repeated)
+            return [scored[start : start + self.group_size] for start in range(0, len(scored), self.group_size)]
+
+        return self.ranks.whole(self.ranks.together(sample, stop=TrainingStopped))
 
     def update(self, scored: Sequence[ScoredRollout], *, first: bool) -> dict[str, float]:
         """One optimizer step on a mini-batch.
@@ -215,8 +221,34 @@ class GrpoStage:
             TrainingStopped: Gap, loss or gradient are beyond what a sound run shows; nothing was updated.
         """
         totals = BatchTotals(sequences=len(scored), tokens=sum(len(one.rollout.completion_ids) for one in scored))
-        sums = {"loss": 0.0, "entropy": 0.0, "clip_fraction": 0.0, "ratio": 0.0, "kl": 0.0}
-        gaps: list[tuple[int, LogprobGap]] = []
+        try:
+            shares = self.ranks.together(
+                lambda: self.replay_share(scored, totals=totals, first=first), stop=TrainingStopped
+            )
+        except TrainingStopped:
+            self.optimizer.adamw.zero_grad()
+            raise
+        grad_norm, learning_rate = self.optimizer.step()
+        return {
+            **{key: sum(share.sums[key] for share in shares) for key in shares[0].sums},
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "logprob_gap_max": max(share.gap_max for share in shares),
+        }
+
+    def replay_share(self, scored: Sequence[ScoredRollout], *, totals: BatchTotals, first: bool) -> ReplayedShare:
+        """This rank's part of a mini-batch, whose gradients are added to the parameters'.
+
+        Args:
+            scored: The whole mini-batch.
+            totals: Its size.
+            first: As in `update`.
+
+        Raises:
+            TrainingStopped: As in `update`.
+        """
+        names = ("loss", "entropy", "clip_fraction", "ratio", "kl", "logprob_gap_mean", "logprob_gap_kl")
+        sums, gap_max = dict.fromkeys(names, 0.0), 0.0
         for batch, learns in self.micro_batches(scored):
             padded = collate_rollouts([one.rollout for one in batch], device=self.engine.policy.device)
             rollout_logprobs = pad_sequence([one.rollout.rollout_logprobs for one in batch], batch_first=True)
@@ -243,34 +275,26 @@ class GrpoStage:
             check_finite_loss(loss.loss)
             if learns:
                 backpropagate(loss.loss)
-            tokens = int(mask.sum())
             gap = logprob_gap(output.replayed_logprobs, rollout_logprobs, completion_mask=mask)
             if first and not gap.max <= self.max_logprob_gap:
-                self.optimizer.adamw.zero_grad()
                 raise TrainingStopped(
                     f"rollout and replay must agree within max_logprob_gap ({self.max_logprob_gap:g} nats), got "
                     f"{gap.max:.3g} (mean {gap.mean:.3g}): they are not the same policy; raise train.max_logprob_gap "
                     f"only if the dtype explains it"
                 )
-            gaps.append((tokens, gap))
-            share = tokens / totals.tokens
+            share = int(mask.sum()) / totals.tokens
             sums["loss"] += loss.loss.item()
             sums["entropy"] += output.entropies.sum().item() / totals.tokens
             sums["clip_fraction"] += loss.clip_fraction.item() * share
             sums["ratio"] += loss.ratio_mean.item() * share
             sums["kl"] += 0.0 if loss.kl_mean is None else loss.kl_mean.item() * share
-        grad_norm, learning_rate = self.optimizer.step()
-        return {
-            **sums,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "logprob_gap_max": max(gap.max for _, gap in gaps),
-            "logprob_gap_mean": sum(gap.mean * tokens for tokens, gap in gaps) / totals.tokens,
-            "logprob_gap_kl": sum(gap.kl * tokens for tokens, gap in gaps) / totals.tokens,
-        }
+            sums["logprob_gap_mean"] += gap.mean * share
+            sums["logprob_gap_kl"] += gap.kl * share
+            gap_max = max(gap_max, gap.max)
+        return ReplayedShare(sums, gap_max)
 
     def micro_batches(self, scored: Sequence[ScoredRollout]) -> Iterator[tuple[list[ScoredRollout], bool]]:
-        """Micro-batches, each with whether it has a gradient: completions of tied groups have none without a KL term.
+        """This rank's micro-batches, each with whether it has a gradient: without a KL term tied groups have none.
 
         They are replayed all the same, without a graph, so that the gap is measured on every completion.
         """
@@ -278,7 +302,7 @@ class GrpoStage:
         tied = [one for one in scored if one.advantage == 0 and self.reference is None]
         for group, learns in ((learning, True), (tied, False)):
             lengths = [len(one.rollout.completion_ids) for one in group]
-            for batch in by_length(group, lengths, size=self.micro_batch_size):
+            for batch in by_length(group, lengths, size=self.micro_batch_size, ranks=self.ranks):
                 yield batch, learns
 
     def rollout_metrics(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -293,22 +317,6 @@ class GrpoStage:
             "cut_off_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
             "evictions": statistics.fmean(rollout.evictions for rollout in rollouts),
             "state_norm": statistics.fmean(rollout.state_norm for rollout in rollouts),
-            "cache_bytes": float(self.engine.peak_cache_bytes),
-        }
-
-    def completion_row(self, one: ScoredRollout) -> dict[str, Json]:
-        """A line of completions.jsonl."""
-        return {
-            "problem_id": one.problem.id,
-            "completion": one.text,
-            "answer": one.problem.answer,
-            "reward": one.reward,
-            "accuracy": one.accuracy,
-            "advantage": one.advantage,
-            "tokens": len(one.rollout.completion_ids),
-            "evictions": one.rollout.evictions,
-            "finish_reason": one.rollout.finish_reason,
-            "mean_logprob": one.rollout.rollout_logprobs.mean().item(),
         }
 
     def state(self) -> dict[str, StateTree]:
@@ -321,31 +329,3 @@ class GrpoStage:
         assert isinstance(optimizer, dict) and isinstance(position, int)
         self.optimizer.load_state(optimizer)  # type: ignore[arg-type]
         self.position = position
-
-
-@timed("reward")
-def score_rollouts(task: Task, rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> list[ScoredRollout]:
-    """Rollouts with rewards and accuracies.
-
-    Args:
-        task: Whose reward and accuracy count.
-        rollouts: Completions.
-        problems: The problem of each completion.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: The reward function failed (`compute_rewards`).
-    """
-    texts = [task.text(rollout.completion_ids) for rollout in rollouts]
-    arguments = {
-        "prompts": [problem.problem for problem in problems],
-        "completions": texts,
-        "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
-        "columns": task.columns(problems),
-    }
-    rewards = compute_rewards(task.reward, **arguments)  # type: ignore[arg-type]
-    same = task.accuracy is task.reward
-    accuracies = rewards if same else compute_rewards(task.accuracy, **arguments)  # type: ignore[arg-type]
-    return [
-        ScoredRollout(rollout, problem, text, reward, accuracy)
-        for rollout, problem, text, reward, accuracy in zip(rollouts, problems, texts, rewards, accuracies, strict=True)
-    ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from pte.ranks import ALONE, Ranks
 from pte.timing import timed
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class AdapterOptimizer:
         decay: Of the learning rate.
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are scaled down to this norm.
+        ranks: Whose gradients add up; each then makes the same step.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class AdapterOptimizer:
         decay: Decay,
         weight_decay: float,
         max_grad_norm: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.names = [name for name, _ in adapter.named_parameters()]
         self.parameters = list(adapter.parameters())
@@ -78,12 +81,13 @@ class AdapterOptimizer:
         self.total_steps = total_steps
         self.decay: Decay = decay
         self.max_grad_norm = max_grad_norm
+        self.ranks = ranks
         self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
         self.steps = 0
 
     @timed("optimizer")
     def step(self) -> tuple[float, float]:
-        """One step on the gradients that have been accumulated, which are then cleared.
+        """One step on the gradients that all ranks have accumulated, which are then cleared.
 
         Returns:
             Norm of the gradient before clipping, and the learning rate.
@@ -91,6 +95,7 @@ class AdapterOptimizer:
         Raises:
             TrainingStopped: The gradient is not finite; the parameters are untouched.
         """
+        self.ranks.sum_gradients(self.parameters)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         total = nn.utils.get_total_norm(gradients)
         norm = total.item()

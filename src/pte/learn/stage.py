@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from pte.ranks import ALONE, Ranks
+
 if TYPE_CHECKING:
     from pte.checkpoint_files import Json, StateTree
 
@@ -58,9 +60,14 @@ class Stage(Protocol):
         ...
 
 
-def by_length(items: Sequence[Item], lengths: Sequence[int], *, size: int) -> Iterator[list[Item]]:
-    """Micro-batches of `size` items, longest first, so that each holds sequences of like length."""
-    order = sorted(range(len(items)), key=lambda index: -lengths[index])
+def by_length(
+    items: Sequence[Item], lengths: Sequence[int], *, size: int, ranks: Ranks = ALONE
+) -> Iterator[list[Item]]:
+    """Micro-batches of `size` items, longest first, so that each holds sequences of like length.
+
+    Several ranks take turns along the order, so that each has its share of the long ones.
+    """
+    order = ranks.share(sorted(range(len(items)), key=lambda index: -lengths[index]))
     for start in range(0, len(order), size):
         yield [items[index] for index in order[start : start + size]]
 

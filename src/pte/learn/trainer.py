@@ -2,31 +2,33 @@
 
 Decides: what is built from a configuration (`build_run`), the one counter of steps that both stages share, what is
 written when, and how a run goes on after it was killed: everything random is a function of the seed and the step, so
-adapter, optimizer and a few counters are all that a checkpoint needs.
+adapter, optimizer and a few counters are all that a checkpoint needs. Of several ranks the first alone reads and writes
+files; a checkpoint does not know how many there were.
 Does not know: what a step does (`distill`, `grpo`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from pte.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pte.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from pte.learn.distill import DistillStage
 from pte.learn.grpo import GrpoStage
+from pte.learn.journal import Journal, check_trackers, open_trackers
 from pte.learn.loss import PolicyObjective
 from pte.learn.optimizer import AdapterOptimizer, TrainingStopped
 from pte.learn.stage import Stage, StepResult
 from pte.method.float8 import FLOAT8
 from pte.method.schedule import EvictionSchedule
+from pte.ranks import ALONE, RankLost, Ranks
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
-from pte.run_record import MetricsLog, check_resumed_config, open_run_directory, save_record
+from pte.run_record import check_resumed_config, open_run_directory, save_record
 from pte.session import Session, check_problems, open_session
 
 if TYPE_CHECKING:
@@ -74,7 +76,9 @@ def build_stages(session: Session, config: ExperimentConfig) -> list[Stage]:
                 policy,
                 session.task,
                 replay=make_replay(policy, config.distill),
-                optimizer=make_optimizer(policy, config.distill, weight_decay=0.0, updates_per_step=1),
+                optimizer=make_optimizer(
+                    policy, config.distill, weight_decay=0.0, updates_per_step=1, ranks=session.ranks
+                ),
                 steps=config.distill.steps,
                 batch_size=config.distill.batch_size,
                 micro_batch_size=config.distill.micro_batch_size,
@@ -84,6 +88,7 @@ def build_stages(session: Session, config: ExperimentConfig) -> list[Stage]:
                 slots=config.rollout.slots,
                 seed=config.run.seed,
                 allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
+                ranks=session.ranks,
             )
         )
     if config.train.steps:
@@ -111,7 +116,11 @@ def build_grpo(session: Session, config: ExperimentConfig) -> GrpoStage:
         replay=make_replay(policy, train),
         reference=reference,
         optimizer=make_optimizer(
-            policy, train, weight_decay=train.weight_decay, updates_per_step=train.minibatches_per_step
+            policy,
+            train,
+            weight_decay=train.weight_decay,
+            updates_per_step=train.minibatches_per_step,
+            ranks=session.ranks,
         ),
         objective=PolicyObjective(
             kind=train.loss,
@@ -130,6 +139,7 @@ def build_grpo(session: Session, config: ExperimentConfig) -> GrpoStage:
         max_logprob_gap=train.max_logprob_gap or MAX_GAP[policy.cache_dtype],
         seed=config.run.seed,
         log_completions=train.log_completions,
+        ranks=session.ranks,
     )
 
 
@@ -140,7 +150,12 @@ def make_replay(policy: BoundedPolicy, stage: DistillConfig | TrainConfig) -> Re
 
 
 def make_optimizer(
-    policy: BoundedPolicy, stage: DistillConfig | TrainConfig, *, weight_decay: float, updates_per_step: int
+    policy: BoundedPolicy,
+    stage: DistillConfig | TrainConfig,
+    *,
+    weight_decay: float,
+    updates_per_step: int,
+    ranks: Ranks,
 ) -> AdapterOptimizer:
     """A stage's optimizer."""
     assert policy.adapter is not None
@@ -152,50 +167,55 @@ def make_optimizer(
         decay=stage.decay,
         weight_decay=weight_decay,
         max_grad_norm=stage.max_grad_norm,
+        ranks=ranks,
     )
 
 
-def open_run(config: ExperimentConfig) -> Run:
+def open_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool = False) -> Run:
     """Builds a run, or the one that is resumed, up to its last checkpoint.
+
+    Args:
+        config: What it is.
+        ranks: Processes that share it; however many there were before.
+        shard_base: The base's layers lie in shards on them.
 
     Raises:
         FileExistsError, FileNotFoundError: The run directory is taken, or there is none to resume.
         ValueError: The configuration, the model, the data or the checkpoint do not fit.
     """
     config.check_trainable()
-    session = open_session(config)
+    session = open_session(config, ranks=ranks, shard_base=shard_base)
     stages = build_stages(session, config)
     if not stages:
         raise ValueError("a run must have steps, got 0 in distill and in train; set distill.steps or train.steps")
     check_problems(session, config)
     check_trackers(config.run.log_with)
-    directory = open_run_directory(Path(config.run.output_dir) / config.run.name, resume=config.run.resume)
+    directory = Path(config.run.output_dir) / config.run.name
+
+    def prepare() -> None:
+        open_run_directory(directory, resume=config.run.resume)
+        if config.run.resume:
+            check_resumed_config(directory, config)
+        else:
+            save_record(directory, config)
+
+    ranks.from_first(prepare)
     run = Run(config=config, session=session, stages=stages, directory=directory)
     if config.run.resume:
-        check_resumed_config(directory, config)
         restore(run)
-    else:
-        save_record(directory, config)
     return run
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that are not installed; accelerate would leave them out.
-
-    Raises:
-        ValueError: A package is missing.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"run.log_with must name installed trackers, got {name!r}; pip install {name}")
 
 
 def restore(run: Run) -> None:
     """Puts adapter, optimizer and counters back to the last checkpoint, if one was written."""
-    path = latest_checkpoint(run.directory / CHECKPOINTS)
-    if path is None:
+
+    def read() -> Checkpoint | None:
+        path = latest_checkpoint(run.directory / CHECKPOINTS)
+        return None if path is None else load_checkpoint(path)
+
+    checkpoint = run.session.ranks.from_first(read)
+    if checkpoint is None:
         return
-    checkpoint = load_checkpoint(path)
     run.session.load_adapter_tensors(checkpoint.adapter, checkpoint.metadata)
     run.done_steps = checkpoint.step
     for stage in run.stages:
@@ -205,14 +225,28 @@ def restore(run: Run) -> None:
 
 
 def save(run: Run, step: int) -> Path:
-    """Writes a checkpoint after `step` steps."""
-    return save_checkpoint(
-        run.directory / CHECKPOINTS,
-        step,
-        adapter=run.session.adapter_tensors(),
-        metadata=run.session.metadata(),
-        training_state={stage.name: stage.state() for stage in run.stages},
-        keep=run.config.train.keep_checkpoints,
+    """Writes a checkpoint after `step` steps, of an adapter that all ranks agree on.
+
+    Raises:
+        TrainingStopped: They do not.
+    """
+    adapter = run.session.policy.adapter
+    assert adapter is not None
+    sums = run.session.ranks.gather(sum(parameter.double().sum().item() for parameter in adapter.parameters()))
+    if len(set(map(str, sums))) > 1:
+        raise TrainingStopped(
+            f"the adapters of all ranks must be the same, got sums {sums}; look for a rank whose processor or "
+            f"libraries differ, and resume from the last checkpoint"
+        )
+    return run.session.ranks.from_first(
+        lambda: save_checkpoint(
+            run.directory / CHECKPOINTS,
+            step,
+            adapter=run.session.adapter_tensors(),
+            metadata=run.session.metadata(),
+            training_state={stage.name: stage.state() for stage in run.stages},
+            keep=run.config.train.keep_checkpoints,
+        )
     )
 
 
@@ -232,58 +266,28 @@ def train(
 
     Raises:
         TrainingStopped: Gap, loss or gradient are not sound; the message names the last good checkpoint.
+        RankLost: Another rank is gone; the message names the last good checkpoint.
     """
-    metrics = MetricsLog(run.directory / "metrics.jsonl", done_steps=run.done_steps)
-    completions = MetricsLog(run.directory / "completions.jsonl", done_steps=run.done_steps)
-    checkpoint = latest_checkpoint(run.directory / CHECKPOINTS)
-    first = 0
-    with open_trackers(run) as track:
-        for stage in run.stages:
-            for index in range(max(0, run.done_steps - first), stage.steps):
-                step = first + index + 1
-                try:
+    ranks = run.session.ranks
+    checkpoint, where = ranks.from_first(lambda: latest_checkpoint(run.directory / CHECKPOINTS)), "at the start"
+    try:
+        journal = Journal(run.directory, done_steps=run.done_steps, ranks=ranks)
+        first = 0
+        with open_trackers(run.config.run, run.directory, ranks=ranks) as track:
+            for stage in run.stages:
+                for index in range(max(0, run.done_steps - first), stage.steps):
+                    step = first + index + 1
+                    where = f"step {step} ({stage.name})"
                     result = stage.step(index)
-                except TrainingStopped as stop:
-                    last = "none was written yet" if checkpoint is None else str(checkpoint)
-                    raise TrainingStopped(
-                        f"step {step} ({stage.name}): {stop}; the last good checkpoint: {last}"
-                    ) from stop
-                metrics.append(step, [{"stage": stage.name, **result.metrics}])
-                if result.completions:
-                    completions.append(step, result.completions)
-                track({f"{stage.name}/{key}": value for key, value in result.metrics.items()}, step)
-                if step % run.config.train.checkpoint_every == 0 or index + 1 == stage.steps:
-                    checkpoint = save(run, step)
-                if on_step is not None:
-                    on_step(stage.name, step, result)
-            first += stage.steps
-    return checkpoint or save(run, run.done_steps)
-
-
-class open_trackers:
-    """TensorBoard, W&B or trackio through accelerate; nothing when none is asked for.
-
-    Args:
-        run: Whose configuration names the trackers.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.accelerator = None
-
-    def __enter__(self) -> Callable[[Mapping[str, float], int], None]:
-        """A function that logs metrics of a step."""
-        log_with = self.run.config.run.log_with
-        if not log_with:
-            return lambda metrics, step: None
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(log_with=list(log_with), project_dir=str(self.run.directory), cpu=True)
-        accelerator.init_trackers(self.run.config.run.name)
-        self.accelerator = accelerator
-        return lambda metrics, step: accelerator.log(dict(metrics), step=step)
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the trackers."""
-        if self.accelerator is not None:
-            self.accelerator.end_training()
+                    journal.append(stage.name, step, result)
+                    track({f"{stage.name}/{key}": value for key, value in result.metrics.items()}, step)
+                    if step % run.config.train.checkpoint_every == 0 or index + 1 == stage.steps:
+                        checkpoint = save(run, step)
+                    if on_step is not None:
+                        on_step(stage.name, step, result)
+                first += stage.steps
+        return checkpoint or save(run, run.done_steps)
+    except (TrainingStopped, RankLost) as stop:
+        last = "none was written yet" if checkpoint is None else str(checkpoint)
+        remedy = "; start the same command again with --run.resume" if isinstance(stop, RankLost) else ""
+        raise type(stop)(f"{where}: {stop}; the last good checkpoint: {last}{remedy}") from stop

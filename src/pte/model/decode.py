@@ -18,6 +18,7 @@ from torch.nn import functional
 from pte.method.adapter import INPUT_GROUPS, steer
 from pte.method.float8 import Float8Linear, to_float8
 from pte.model.policy import linear_of
+from pte.model.segment import run_layers
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -70,6 +71,38 @@ class DecodeStep:
         for layer, state in zip(self.layers, transposed, strict=True):
             hidden = layer(hidden, rotation=rotation, attention=attention, state=state)
         return self.norm(hidden)
+
+
+class ShardedDecodeStep(DecodeStep):
+    """The same for a base in shards, whose weights no step can hold: the naive program, `run_layers`, layer by layer.
+
+    Args:
+        policy: Base and adapter.
+        weights: `adapter_weights(policy)`.
+    """
+
+    def __init__(self, policy: BoundedPolicy, weights: AdapterWeights | None) -> None:
+        self.policy = policy
+        self.weights = weights
+
+    def __call__(
+        self,
+        token_ids: Int[Tensor, " batch"],
+        *,
+        positions: Int[Tensor, " batch"],
+        attention: LayerAttention,
+        states: Float[Tensor, "layers batch rank rank"] | None,
+    ) -> Float[Tensor, "batch hidden"]:
+        """What the head reads; arguments as `DecodeStep`."""
+        hidden = run_layers(
+            self.policy,
+            token_ids[:, None],
+            positions=positions[:, None],
+            attention=attention,
+            states=states,
+            weights=self.weights,
+        )
+        return hidden[:, 0]
 
 
 class DecodeLayer:

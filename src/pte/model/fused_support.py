@@ -34,6 +34,8 @@ def unsupported(policy: BoundedPolicy) -> str | None:
     activation = policy.base.get_decoder().layers[0].mlp.act_fn
     rank = 0 if policy.adapter is None else policy.adapter.rank
     eviction = policy.eviction
+    if policy.sharded is not None:
+        return "the fused decode step keeps a base's weights beside B, got a base in shards; use ShardedDecodeStep"
     if (missing := why_no_kernels(policy.device)) is not None:
         return missing
     if policy.dtype not in DTYPES:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from pte.model.sharding import ShardedLayers
+
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -39,6 +41,7 @@ class BoundedPolicy:
         adapter: Trainable update, or None for the base alone.
         schedule: Budget of reasoning tokens.
         eviction: Which tokens leave.
+        sharded: Where the base's layers lie in shards over several processes; None where they are whole.
 
     Raises:
         ValueError: The eviction policy cannot work with the budget, or needs more than its stretches can give.
@@ -48,6 +51,7 @@ class BoundedPolicy:
     adapter: ThoughtAdapter | None
     schedule: EvictionSchedule
     eviction: EvictionPolicy = field(default_factory=OldestFirst)
+    sharded: ShardedLayers | None = None
 
     def __post_init__(self) -> None:
         if self.schedule.window_tokens is not None and self.schedule.evict_tokens is not None:

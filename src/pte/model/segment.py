@@ -82,17 +82,25 @@ def run_layers(
         attention: Writes and reads keys and values.
         states: What the adapters read, for every row; None for S = I or without adapter.
         weights: `adapter_weights(policy)`, made once for many forwards.
-        recompute: A backward pass computes each layer again, so that of a layer only its input is kept.
+        recompute: A backward pass computes each layer again, so that of a layer only its input is kept. Layers of a
+            sharded base always are: they are no longer whole.
     """
     decoder = policy.base.get_decoder()
     transposed = None if states is None else tuple(states.transpose(2, 3).unbind(0))
     hidden = decoder.embed_tokens(token_ids)
     angles = decoder.rotary_emb(hidden, positions)
 
-    def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    sharded = policy.sharded
+
+    def run_layer(index: int, hidden: Tensor) -> Tensor:
+        layer = decoder.layers[index]
+        if sharded is not None:
+            sharded.fetch(index)
+        # A sharded layer's own call would gather it by itself, whether or not the other ranks do.
+        compute = layer if sharded is None else layer.forward
         # Bound in here, so that a layer that is computed again finds what it found the first time.
         with bound_base(policy, weights, transposed):
-            return layer(
+            return compute(
                 hidden,
                 attention_mask=None,
                 position_ids=positions,
@@ -100,11 +108,11 @@ def run_layers(
                 layer_attention=attention,
             )
 
-    for layer in decoder.layers:
-        if recompute and torch.is_grad_enabled():
-            hidden = checkpoint(run_layer, layer, hidden, use_reentrant=False, preserve_rng_state=False)
+    for index in range(len(decoder.layers)):
+        if (recompute or sharded is not None) and torch.is_grad_enabled():
+            hidden = checkpoint(run_layer, index, hidden, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = run_layer(layer, hidden)
+            hidden = run_layer(index, hidden)
     return decoder.norm(hidden)
 
 
@@ -167,7 +175,19 @@ def first_state(policy: BoundedPolicy) -> Float[Tensor, "layers rank rank"] | No
 def fold_global_tokens(policy: BoundedPolicy, encoder: ThoughtEncoder) -> Float[Tensor, "layers rank rank"]:
     """The state of the global tokens alone."""
     tokens = encoder.global_tokens.to(policy.dtype)
-    pairs = [global_keys_values(layer, tokens) for layer in policy.base.get_decoder().layers]
+    layers, sharded = policy.base.get_decoder().layers, policy.sharded
+
+    def fetched_keys_values(index: int) -> tuple[Tensor, Tensor]:
+        if sharded is not None:
+            sharded.fetch(index)
+        return global_keys_values(layers[index], tokens)
+
+    def keys_values(index: int) -> tuple[Tensor, Tensor]:
+        if sharded is None or not torch.is_grad_enabled():
+            return fetched_keys_values(index)
+        return checkpoint(fetched_keys_values, index, use_reentrant=False, preserve_rng_state=False)
+
+    pairs = [keys_values(index) for index in range(len(layers))]
     return encoder.first_state(torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs]))
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pte.model.load import dtype_named
+from pte.open_policy import eviction_policy
 from pte.plan.memory import PhaseMemory, PlannedPolicy, Workload
 from pte.plan.rollout_memory import rollout_memory
 from pte.plan.roofline import DecodeWork, attended_sum, step_bound_seconds, update_flops
 from pte.plan.update_memory import update_memory
-from pte.session import eviction_policy
 
 if TYPE_CHECKING:
     from pte.config import ExperimentConfig

@@ -95,6 +95,8 @@ def run_stretch(
         weights=adapter_weights(policy),
         recompute=recompute_layers,
     )
+    # A layer that a backward pass computes again is not observed again.
+    attention.observer = None
     layers = range(policy.cache_shape.layers)
     sequences = inputs.token_ids.shape[0] // inputs.segments
     return (

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from pte.method.attention import DecodeAttention
 from pte.method.observe import AttentionObserver
-from pte.model.decode import DecodeStep
+from pte.model.decode import DecodeStep, ShardedDecodeStep
 from pte.model.fused_support import fused_refusal
 from pte.rollout.sampling import token_logprobs
 
@@ -59,7 +59,8 @@ class TokenStep:
         self.forward = forward
         self.temperature = temperature
         self.state_control: StateControl = state_control
-        self.captures = policy.device.type == "cuda"
+        # Which layer of a sharded base is gathered next is agreed on the host.
+        self.captures = policy.device.type == "cuda" and policy.sharded is None
         # By whether attention is observed.
         self.warm: set[bool] = set()
         self.replayed: dict[bool, Callable[[], None]] = {}
@@ -149,6 +150,8 @@ def decode_forward(
         weights: `adapter_weights(policy)`.
         num_positions: All positions are below this.
     """
+    if policy.sharded is not None:
+        return ShardedDecodeStep(policy, weights)
     if fused_refusal(policy) is not None:
         return DecodeStep(policy, weights, num_positions=num_positions)
     from pte.model.fused import FusedDecodeStep
@@ -158,6 +161,8 @@ def decode_forward(
 
 def decode_path(policy: BoundedPolicy) -> str:
     """What computes a policy's tokens on its device, and why not faster, for logs."""
+    if policy.sharded is not None:
+        return "eager, one layer whole at a time (a base in shards has no fused decode step)"
     if policy.device.type != "cuda":
         return f"eager, float8 emulated on {policy.device.type}" if policy.float8 else "eager"
     graph = "CUDA graph, float8" if policy.float8 else "CUDA graph"

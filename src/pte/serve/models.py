@@ -16,10 +16,11 @@ from pte.config_policy import CacheConfig
 from pte.method.adapter import ThoughtAdapter
 from pte.model.load import dtype_named, end_token_ids, load_base, load_tokenizer
 from pte.model.policy import BoundedPolicy, layer_sizes
+from pte.open_policy import eviction_policy
 from pte.peft_folder import check_tensors_fit, load_any_adapter, saved_budget
 from pte.rollout.generate import RolloutEngine
 from pte.serve.body import Limits
-from pte.session import base_fingerprint, eviction_policy
+from pte.session import base_fingerprint
 from pte.tasks.chained import embedded_model_dir
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """Accuracy of a policy on held-out problems, with what it cost.
 
 Decides: avg@k with its 95 % interval, pass@k, and which costs stand beside them (tokens, evictions, cache bytes). The
-same function scores every arm: full cache, window, adapters, and controls of the state.
+same function scores every arm: full cache, window, adapters, and controls of the state. Several ranks complete and
+score a share of the completions each, and all get all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.learn.rewards import compute_rewards
+from pte.ranks import ALONE, RankLost, Ranks
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
 from pte.rollout.sampling import stream_seed
@@ -44,8 +46,8 @@ class Evaluation:
         completion_tokens: Mean length.
         cut_off_fraction: Completions that reached the longest length.
         evictions: Mean number per completion.
-        peak_cache_bytes: Keys and values of all slots.
-        peak_state_bytes: States of all slots; 0 without any.
+        peak_cache_bytes: Keys and values of all slots; of several ranks, the most that one has.
+        peak_state_bytes: States of all slots, likewise; 0 without any.
         seconds: Wall time.
     """
 
@@ -99,6 +101,7 @@ def evaluate(
     state_control: StateControl = "own",
     allow_beyond_trained_positions: bool = False,
     on_finish: Callable[[Rollout], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Evaluation, list[EvaluatedCompletion]]:
     """Completes every problem of a set and scores the answers.
 
@@ -114,8 +117,17 @@ def evaluate(
         seed: Of the samples.
         state_control: The policy's own states, or a control.
         allow_beyond_trained_positions: Run past the base's trained positions.
-        on_finish: Called with each rollout as it ends.
+        on_finish: Called with each rollout of this rank as it ends.
+        ranks: Processes that share the completions.
+
+    Raises:
+        ValueError: States are to be shuffled over several ranks.
     """
+    if state_control == "shuffled" and ranks.size > 1:
+        raise ValueError(
+            f"state_control 'shuffled' needs one process, whose sequences are neighbours, got {ranks.size} ranks; run "
+            f"pte eval without a launcher"
+        )
     problems = task.evaluation[name]
     engine = RolloutEngine(
         policy,
@@ -132,23 +144,36 @@ def evaluate(
         for problem in problems
         for sample in range(samples_per_problem)
     ]
-    if state_control == "shuffled":
-        # Neighbours exchange states: they must be of different problems.
-        by_sample = [requests[sample::samples_per_problem] for sample in range(samples_per_problem)]
-        shuffled = engine.run([request for column in by_sample for request in column], on_finish=on_finish)
-        columns = [shuffled[start : start + len(problems)] for start in range(0, len(shuffled), len(problems))]
-        rollouts = [rollout for row in zip(*columns, strict=True) for rollout in row]
-    else:
-        rollouts = engine.run(requests, on_finish=on_finish)
     repeated = [problem for problem in problems for _ in range(samples_per_problem)]
-    texts = [task.text(rollout.completion_ids) for rollout in rollouts]
-    right = compute_rewards(
-        task.accuracy,
-        prompts=[problem.problem for problem in repeated],
-        completions=texts,
-        completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
-        columns=task.columns(repeated),
-    )
+
+    def complete() -> tuple[list[Rollout], list[str], list[float], tuple[int, int]]:
+        own, asked = ranks.share(requests), ranks.share(repeated)
+        if state_control == "shuffled":
+            # Neighbours exchange states: they must be of different problems.
+            by_sample = [own[sample::samples_per_problem] for sample in range(samples_per_problem)]
+            shuffled = engine.run([request for column in by_sample for request in column], on_finish=on_finish)
+            columns = [shuffled[start : start + len(problems)] for start in range(0, len(shuffled), len(problems))]
+            rollouts = [rollout for row in zip(*columns, strict=True) for rollout in row]
+        else:
+            rollouts = engine.run(own, on_finish=on_finish)
+        texts = [task.text(rollout.completion_ids) for rollout in rollouts]
+        right = (
+            []
+            if not own
+            else compute_rewards(
+                task.accuracy,
+                prompts=[problem.problem for problem in asked],
+                completions=texts,
+                completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
+                columns=task.columns(asked),
+            )
+        )
+        return rollouts, texts, right, (engine.peak_cache_bytes, engine.peak_state_bytes)
+
+    shares = ranks.together(complete, stop=RankLost)
+    rollouts = ranks.whole([share[0] for share in shares])
+    texts = ranks.whole([share[1] for share in shares])
+    right = ranks.whole([share[2] for share in shares])
     correct = torch.tensor(right, dtype=torch.float64).view(len(problems), samples_per_problem) == 1.0
     if samples_per_problem == 1:
         interval = wilson_interval(int(correct.sum()), len(problems))
@@ -164,8 +189,8 @@ def evaluate(
         completion_tokens=statistics.fmean(len(rollout.completion_ids) for rollout in rollouts),
         cut_off_fraction=statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
         evictions=statistics.fmean(rollout.evictions for rollout in rollouts),
-        peak_cache_bytes=engine.peak_cache_bytes,
-        peak_state_bytes=engine.peak_state_bytes,
+        peak_cache_bytes=max(peaks[0] for *_, peaks in shares),
+        peak_state_bytes=max(peaks[1] for *_, peaks in shares),
         seconds=time.perf_counter() - started,
     )
     completions = [
@@ -203,4 +228,5 @@ def evaluate_session(
         state_control=config.eval.state_control,
         allow_beyond_trained_positions=config.model.allow_beyond_trained_positions,
         on_finish=on_finish,
+        ranks=session.ranks,
     )
