@@ -137,6 +137,14 @@ def test_sampled_sequences_are_the_rollouts_of_seeds_from_torch_s_generator(opti
     assert torch.equal(found, as_sequences(batch["input_ids"].repeat_interleave(3, 0), rollouts))
 
 
+def test_greedy_decoding_leaves_torch_s_generator_as_it_was() -> None:
+    model, before = peft_model(), torch.get_rng_state()
+    model.generate(**batch_of(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    model.generate(**batch_of(), max_new_tokens=4, do_sample=True)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_seed_of_torch_decides_what_is_sampled() -> None:
     model, texts = peft_model(), []
     for seed in (1, 1, 2):

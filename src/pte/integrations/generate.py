@@ -87,11 +87,14 @@ def generate(
             "pad_token_id must be set where stopping criteria end some sequences of a batch before others, got none; "
             "pass pad_token_id=tokenizer.pad_token_id"
         )
+    # Greedy decoding leaves the generator as it was, as in Transformers: a script that trains goes on as without it.
+    with torch.random.fork_rng(devices=(), enabled=options.temperature == 0):
+        seeds = torch.randint(STREAM_SEEDS, (len(rows),), device="cpu").tolist()
     requests = [
         RolloutRequest(prompt, seed)
         for prompt, seed in zip(
             [prompt for prompt in prompts for _ in range(options.num_return_sequences)],
-            torch.randint(STREAM_SEEDS, (len(rows),), device="cpu").tolist(),
+            seeds,
             strict=True,
         )
     ]
