@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.model.load import check_positions
+from pte.model.policy import check_no_autocast
 from pte.model.segment import adapter_weights, first_state
 from pte.rollout.admit import admit_sequences
 from pte.rollout.buffers import DecodeBuffers
@@ -154,10 +155,11 @@ class RolloutEngine:
             own_temperatures: Whether requests have temperatures of their own.
 
         Raises:
-            ValueError: The longest prompt plus max_new_tokens exceeds the trained positions.
+            ValueError: The longest prompt plus max_new_tokens exceeds the trained positions, or autocast is on.
             RuntimeError: It is open already.
         """
         policy = self.policy
+        check_no_autocast(policy)
         check_positions(
             policy.base.config,
             prompt_tokens=prompt_slots,
