@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pte.arguments import ARGUMENTS, OVERVIEW, takes_experiment
+from pte.arguments import ARGUMENTS, OVERVIEW, PLAN_FLAGS, takes_experiment
 from pte.cli import parse
 from pte.completion import completed_commands, completion_script, first_sentence
 from pte.method.eviction.registry import POLICIES
+from pte.plan.machine import DEVICES
 
 COMMANDS = {command.name: command for command in completed_commands()}
 
@@ -37,7 +38,8 @@ def test_the_flags_that_are_completed_are_those_of_the_help(name: str, capsys: p
     # A line of the help that describes a flag begins with it, behind the box; a switch names its opposite, too.
     described = re.findall(r"^[│\s]*((?:-h, )?--[a-z][\w.-]*(?:, --[a-z][\w.-]*)?)", shown, re.MULTILINE)
     flags = {flag for line in described for flag in line.replace("-h, ", "").split(", ")}
-    assert {flag for one in COMMANDS[name].flags for flag in one.names} == flags
+    short = set(PLAN_FLAGS) if name == "plan" else set()
+    assert {flag for one in COMMANDS[name].flags for flag in one.names} == flags | short
 
 
 def test_an_experiment_is_completed_exactly_where_one_is_read() -> None:
@@ -51,6 +53,8 @@ def test_a_flag_s_values_are_the_choices_that_the_parser_knows() -> None:
     assert flags["--run.resume"].takes == flags["--run.no-resume"].takes == "nothing"
     assert flags["--train.steps"].takes == "value" and flags["--adapter.checkpoint"].takes == "file"
     assert flags["--adapter.targets"].repeats and not flags["--cache.policy"].repeats
+    (gpu,) = (flag for flag in COMMANDS["plan"].flags if flag.names == ("--gpu",))
+    assert gpu.takes == tuple(sorted(DEVICES))
     assert COMMANDS["completion"].takes == ("bash", "zsh", "fish") and COMMANDS["report"].takes == "file"
 
 
@@ -100,10 +104,13 @@ ASKED = {
     "pte eval --suite m": ["math6"],
     "pte train --model.dtype b": ["bfloat16"],
     "pte train --model.dtype=b": ["bfloat16"],
-    "pte train --model.dtype=": ["float32", "bfloat16", "float16"],
+    "pte train --model.dtype=": ["float32", "bfloat16", "float16", "float8"],
     "pte train configs/embedded.toml --adapter.targets q_proj k": ["k_proj"],
     "pte train configs/embedded.toml --adapter.targets q_proj --adapter.kind l": ["lora"],
     "pte serve --policy keyd": ["keydiff"],
+    "pte plan --w": ["--window"],
+    "pte plan --gradient-mode h": ["horizon"],
+    "pte plan --window ": [],
     "pte completion ": ["bash", "zsh", "fish"],
     "pte train ": ["first try.toml", "configs"],
     "pte train fi": ["first try.toml"],
@@ -112,8 +119,8 @@ ASKED = {
     "pte report no": ["notes.txt"],
     "pte report --output x no": ["notes.txt"],
     "pte eval --output no": ["notes.txt"],
-    "pte doctor ": ["--help", "--json"],
-    "pte doctor --json no": ["notes.txt"],
+    "pte doctor ": ["--help", "--output"],
+    "pte doctor --output no": ["notes.txt"],
 }
 
 

@@ -96,6 +96,7 @@ max_grad_norm = 0.5
 micro_batch_size = 2
 gradient_mode = "exact"
 horizon = 3
+gradient_checkpointing = true
 [train]
 steps = 7
 prompts_per_step = 3
@@ -114,6 +115,7 @@ weight_decay = 0.1
 max_grad_norm = 2.0
 gradient_mode = "horizon"
 horizon = 2
+gradient_checkpointing = true
 dynamic_sampling = true
 max_resample_rounds = 1
 max_logprob_gap = 0.5

@@ -18,6 +18,7 @@ from pte.doctor.installed import PURPOSES, failed_imports, judged, wanted_packag
 from pte.doctor.machine import fast_paths, without_gpu
 from pte.doctor.self_check import SelfCheck, check_device, self_check_findings
 from pte.kernels.available import why_no_kernels
+from pte.method.float8 import float8_refusal
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = [
@@ -99,6 +100,24 @@ def test_kernels_are_off_for_the_reason_that_the_rollout_gives() -> None:
     assert findings["kernels on cpu"].says == (reason or "on")
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_float8_is_on_where_a_rollout_computes_in_it(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    for name, value in (
+        ("device_count", 1),
+        ("get_device_capability", capability),
+        ("get_device_name", "some GPU"),
+        ("is_bf16_supported", True),
+    ):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    findings = {finding.name: finding for finding in fast_paths()}
+    reason = float8_refusal(torch.device("cuda", 0))
+    found = findings["float8 on cuda:0"]
+    assert (found.status, found.says) == (("ok", "on") if capability == (9, 0) else ("off", reason))
+
+
 def test_a_driver_without_a_build_of_torch_for_it_is_a_warning_with_the_remedy() -> None:
     assert without_gpu(None, cuda=None).status == "off"
     found = without_gpu("570.1", cuda=None)
@@ -162,7 +181,7 @@ def test_a_broken_package_is_reported_by_name_without_a_traceback(
     (tmp_path / broken / "__init__.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     out = tmp_path / "doctor.json"
-    command = [sys.executable, "-m", "pte", "doctor", "--json", str(out)]
+    command = [sys.executable, "-m", "pte", "doctor", "--output", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (status, "")
     assert done.stdout.splitlines()[-1].startswith("pte works here; 1 optional: peft" if status == 0 else "")
@@ -174,7 +193,21 @@ def test_a_broken_package_is_reported_by_name_without_a_traceback(
 
 
 @pytest.mark.system
+@pytest.mark.parametrize(("command", "status"), [("doctor", 1), ("generate", 2)])
+def test_without_the_package_that_reads_the_command_line_the_doctor_still_looks(
+    command: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tyro.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    done = subprocess.run([sys.executable, "-m", "pte", command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    said = done.stdout if command == "doctor" else done.stderr
+    assert "RuntimeError: built for another version" in said
+    assert ("tyro" in said.splitlines()[-1]) if command == "doctor" else ("pte doctor" in said)
+
+
+@pytest.mark.system
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_looked_at(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pte", "doctor", "--json", str(tmp_path / "missing" / "doctor.json")]
+    command = [sys.executable, "-m", "pte", "doctor", "--output", str(tmp_path / "missing" / "doctor.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("pte doctor: ")

@@ -237,3 +237,38 @@ def test_the_readme_s_table_of_speed_is_what_the_baseline_files_make() -> None:
         pytest.skip("there is no README yet")
     page = readme.read_text(encoding="utf-8")
     assert page == with_table(page, bench_table(read_baselines(ROOT))), "run python scripts/bench_table.py"
+
+
+def defined_names(file: Path) -> set[str]:
+    """Names of a module and, behind a dot, of its classes."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for name in bound_names(node):
+            names.add(name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{name}" for inner in node.body for name in bound_names(inner)}
+    return names
+
+
+def bound_names(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def test_the_paper_map_names_functions_and_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    named = [
+        (ROOT / folder / path, name)
+        for folder, pattern in (
+            (ROOT / "tests", r"`([\w/]+\.py)::(\w+)`"),
+            (ROOT / "src/pte", r"`([\w/]+\.py):([\w.]+)`"),
+        )
+        for path, name in re.findall(pattern, page)
+    ]
+    known = {file: defined_names(file) if file.is_file() else set() for file, _ in named}
+    assert [f"{file.relative_to(ROOT)}: {name}" for file, name in named if name not in known[file]] == []
+    laws = page.partition("## Laws")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\d+) ", laws, re.MULTILINE) == [str(law) for law in range(1, 11)]
+    assert len(named) > 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from pte import dry_run as dry_run_module
 from pte.cli import main
-from pte.dry_run import dry_run
+from pte.dry_run import dry_run, planned_rollout
 from pte.plan.process_memory import probe_available
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.replay import Replay
@@ -110,6 +111,27 @@ def test_it_leaves_a_saved_adapter_that_it_starts_from_alone(tmp_path: Path) -> 
     assert equal(load_adapter(tmp_path / "adapter")[0], parameters(session))
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "set train.gradient_checkpointing, or lower rollout.slots"),
+        ({"train__gradient_checkpointing": True}, "; lower rollout.slots"),
+        ({"distill__steps": 1}, "set distill.gradient_checkpointing, or lower rollout.slots"),
+    ],
+)
+def test_an_update_without_memory_is_told_to_compute_layers_again(
+    changes: dict[str, object], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch.Tensor, "backward", no_memory)
+    with pytest.raises(RuntimeError, match="worst case does not fit") as caught:
+        dry_run(short_config(**{"distill__steps": 0, **changes}))
+    assert remedy in str(caught.value)
+    assert ("set " in str(caught.value)) == remedy.startswith("set ")
+
+
 def test_a_worst_case_without_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
@@ -143,6 +165,16 @@ def test_the_worst_case_of_a_warm_start_chooses_what_leaves(policy: str, monkeyp
     report = dry_run(short_config(cache__policy=policy))
     # Traces have no record, GRPO's rollouts have one.
     assert records == [False, True] and "grpo: one update" in report
+
+
+def test_a_process_plans_its_own_share_of_a_step_and_not_the_whole() -> None:
+    config, session = open_short(double=False)
+    prompt = (1,) * 23
+    half = replace(config, rollout=replace(config.rollout, slots=4), train=replace(config.train, prompts_per_step=1))
+    share = planned_rollout(session.policy, config, prompt, sequences=4)
+    assert config.train.prompts_per_step * config.train.group_size == 8
+    assert share == planned_rollout(session.policy, half, prompt, sequences=4)
+    assert share < planned_rollout(session.policy, config, prompt, sequences=8)
 
 
 def test_every_phase_is_held_against_its_plan() -> None:

@@ -95,7 +95,7 @@ def test_the_wheel_s_pte_is_the_one_that_runs(installed: Path, tmp_path: Path) -
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_wheel(installed: Path, tmp_path: Path) -> None:
-    said = run_there(installed, tmp_path, "pte", "doctor", "--json", "doctor.json")
+    said = run_there(installed, tmp_path, "pte", "doctor", "--output", "doctor.json")
     assert said.splitlines()[-1].startswith("pte works here")
     findings = json.loads((tmp_path / "doctor.json").read_text())["findings"]
     (running,) = (one["says"] for one in findings if one["section"] == "checkout")

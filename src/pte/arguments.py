@@ -72,7 +72,7 @@ EXAMPLES = {
     "bench": "pte bench --preset cpu --output cpu.json\n"
     "  pte bench --preset gpu --part rollout long --output benchmarks/baselines/h200-7b-w1024.json\n"
     "  pte bench --preset gpu --model tiny --device cpu",
-    "doctor": "pte doctor\n  pte doctor --json doctor.json",
+    "doctor": "pte doctor\n  pte doctor --output doctor.json",
     "completion": "pte completion bash\n  pte completion zsh\n  pte completion fish",
 }
 
@@ -182,7 +182,7 @@ class PlanArguments:
     --window without --evict evicts a quarter. Offline, --model takes qwen2.5-3b, qwen2.5-7b, llama-3.1-8b and
     r1-distill-llama-8b. Short for the experiment's flags:
     --model --dtype --rank --window --evict --completion --slots --group --prompts-per-step --micro-batch
-    --gradient-mode --horizon.
+    --gradient-mode --horizon --gradient-checkpointing.
     """
 
     experiment: Flattened
@@ -215,6 +215,7 @@ PLAN_FLAGS = {
     "--micro-batch": "--train.micro-batch-size",
     "--gradient-mode": "--train.gradient-mode",
     "--horizon": "--train.horizon",
+    "--gradient-checkpointing": "--train.gradient-checkpointing",
 }
 """What is short for what in `pte plan`."""
 
@@ -280,7 +281,7 @@ class DoctorArguments:
     the full cache, on every device. Exit status 0: pte works here; 1: something is wrong, with its remedy.
     """
 
-    json: str | None = None
+    output: str | None = None
     """Write the findings to this JSON file, for a report of a fault."""
 
 

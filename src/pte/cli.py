@@ -71,7 +71,7 @@ def run(command: str, parsed: object) -> int:
     if isinstance(parsed, DoctorArguments):
         from pte.doctor.command import doctor
 
-        return doctor(json_file=parsed.json)
+        return doctor(output=parsed.output)
     from pte import commands
 
     commands.run(command, parsed)
@@ -122,7 +122,11 @@ def plan_flags(words: Sequence[str], *, has_file: bool) -> list[str]:
         has_file: There is an experiment file, which says what nobody else says.
     """
     pairs = [word.partition("=") for word in words]
-    flags = [PLAN_FLAGS.get(name, name) + equals + value for name, equals, value in pairs]
+    # tyro reads an underscore as a dash.
+    dashed = [
+        (name.replace("_", "-") if name.startswith("--") else name, equals, value) for name, equals, value in pairs
+    ]
+    flags = [PLAN_FLAGS.get(name, name) + equals + value for name, equals, value in dashed]
     names = {name.partition("=")[0] for name in flags}
     given: list[str] = []
     if "--cache.evict-tokens" not in names:

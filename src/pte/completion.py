@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import tyro
 
-from pte.arguments import ARGUMENTS, OVERVIEW, takes_experiment
+from pte.arguments import ARGUMENTS, OVERVIEW, PLAN_FLAGS, PlanArguments, takes_experiment
 from pte.completion_scripts import CompletedCommand, CompletedFlag, Takes, bash_script, fish_script, zsh_script
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -39,7 +40,7 @@ def completed_commands() -> list[CompletedCommand]:
         words: Takes = "experiment" if takes_experiment(name) else "nothing"
         flags = tuple(
             CompletedFlag(
-                names=tuple(option for option in action.option_strings if option.startswith("--")),
+                names=flag_names(action.option_strings, kind),
                 help=first_sentence(action.help or ""),
                 takes=what(action),
                 repeats=action.nargs in ("*", "+"),
@@ -53,12 +54,21 @@ def completed_commands() -> list[CompletedCommand]:
     return commands
 
 
+def flag_names(options: Sequence[str], kind: type) -> tuple[str, ...]:
+    """A flag with its dashes, its opposite if it is a switch and, of `pte plan`, what is short for it."""
+    names = tuple(option for option in options if option.startswith("--"))
+    short = PLAN_FLAGS.items() if kind is PlanArguments else ()
+    return names + tuple(word for word, name in short if name in names)
+
+
 def what(action: argparse.Action) -> Takes:
     """What an argument takes: its choices, a file, a value that nothing can guess, or nothing."""
     if action.nargs == 0:
         return "nothing"
     if action.choices:
-        return tuple(str(choice) for choice in action.choices if choice != "None")
+        choices = [str(choice) for choice in action.choices]
+        # Beside None they come in an order that differs from one process to the next.
+        return tuple(sorted({*choices} - {"None"}) if "None" in choices else choices)
     shown = action.metavar if isinstance(action.metavar, str) else ""
     # A path is a string to the parser, and so is whatever else is free text, where a file's name does no harm.
     return "file" if not action.option_strings or "STR" in shown else "value"

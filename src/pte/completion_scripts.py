@@ -18,7 +18,7 @@ class CompletedFlag:
     """A flag.
 
     Args:
-        names: With their dashes; two for a switch with an opposite.
+        names: With their dashes; more than one for a switch with an opposite, and where a short one is the same.
         help: One sentence.
         takes: What follows it.
         repeats: Whether it takes several words.

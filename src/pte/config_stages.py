@@ -62,6 +62,8 @@ class DistillConfig:
     """`chain`: through all states; `exact`: through older keys and values too; `horizon`: the last evictions."""
     horizon: int = 1
     """Evictions that the gradient passes through, with gradient_mode `horizon`."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass, for updates that do not fit: less memory, one more forward."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -107,6 +109,8 @@ class TrainConfig:
     """`chain`: through all states; `exact`: through older keys and values too; `horizon`: the last evictions."""
     horizon: int = 1
     """Evictions that the gradient passes through, with gradient_mode `horizon`."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass, for updates that do not fit: less memory, one more forward."""
     dynamic_sampling: bool = False
     """Replace groups that are all right or all wrong by groups of further prompts."""
     max_resample_rounds: int = 3

@@ -7,7 +7,6 @@ is written, nothing is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -58,7 +57,7 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
         f"worst case: prompt {len(longest)} tokens (the longest of the training problems), completion "
         f"{limit} tokens, {sequences} sequences at once"
     ]
-    started = time.perf_counter()
+    started, remedy = time.perf_counter(), ""
     try:
         engine = RolloutEngine(
             policy,
@@ -80,12 +79,13 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
             f"rollout: {time.perf_counter() - started:.1f} s ({engine.path}), "
             f"cache {engine.peak_cache_bytes / 2**20:.1f} MiB, "
             f"process or device peak {peak_memory_bytes(policy.device) / 2**20:.0f} MiB; "
-            f"{against(planned_rollout(policy, config, requests), grown)}"
+            f"{against(planned_rollout(policy, config, longest, sequences=sequences), grown)}"
         )
         for stage in build_stages(session, config):
             started = time.perf_counter()
             if isinstance(stage, DistillStage) and stage.source == "teacher":
                 lines.append(teacher_rollout(stage, longest))
+            remedy = recomputation(stage)
             grown = device_growth_bytes(policy.device, partial(one_update, stage, rollouts))
             seconds = time.perf_counter() - started
             lines.append(
@@ -95,8 +95,9 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
             )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"the worst case does not fit: {str(error).splitlines()[0]}; done so far: {'; '.join(lines)}; lower "
-            f"rollout.slots, train.micro_batch_size, cache.window_tokens or rollout.max_new_tokens, in this order"
+            f"the worst case does not fit: {str(error).splitlines()[0]}; done so far: {'; '.join(lines)}; "
+            f"{remedy}lower rollout.slots, train.micro_batch_size, cache.window_tokens or rollout.max_new_tokens, in "
+            f"this order"
         ) from error
     expected = analytic_bytes(
         policy.cache_shape,
@@ -113,12 +114,18 @@ def dry_run(config: ExperimentConfig, *, ranks: Ranks = ALONE, shard_base: bool 
     return "\n".join(lines)
 
 
-def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, requests: Sequence[RolloutRequest]) -> int:
-    """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it."""
+def planned_rollout(policy: BoundedPolicy, config: ExperimentConfig, prompt: tuple[int, ...], *, sequences: int) -> int:
+    """Bytes that the rollout of the worst case needs by the formulas, beyond what lies there before it.
+
+    Args:
+        policy: What is sampled from.
+        config: Of the run.
+        prompt: Which all sequences share.
+        sequences: Of this process, all at once.
+    """
     planned = planned_policy(config, ModelSizes.of(policy.base.config), cuda=policy.device.type == "cuda")
-    work = planned_work(config, prompt_tokens=len(requests[0].prompt_ids))
-    # A rank's share of the sequences, and all of one prompt here.
-    phase = rollout_memory(planned, replace(work, sequences=len(requests), group_size=len(requests)))
+    work = replace(planned_work(config, prompt_tokens=len(prompt)), sequences=sequences, group_size=sequences)
+    phase = rollout_memory(planned, work)
     fused = planned.fused_numbers * policy.dtype.itemsize
     return phase.device_bytes + (fused if planned.cuda else phase.host_bytes)
 
@@ -141,10 +148,19 @@ def planned_update(
         micro_batch=stage.micro_batch_size,
         gradient_mode=options.gradient_mode,
         horizon=options.horizon,
+        gradient_checkpointing=options.gradient_checkpointing,
         reference=planned_work(config, prompt_tokens=1).reference if isinstance(stage, GrpoStage) else None,
     )
     walk = update_memory(planned, work).device_bytes
     return max(walk, (1 + ADAMW_MOMENTS) * planned.adapter_bytes)
+
+
+def recomputation(stage: object) -> str:
+    """The first remedy of a stage whose update does not fit; nothing where its layers are computed again already."""
+    assert isinstance(stage, DistillStage | GrpoStage)
+    if stage.replay.gradient_checkpointing or stage.replay.policy.schedule.is_full:
+        return ""
+    return f"set {'distill' if isinstance(stage, DistillStage) else 'train'}.gradient_checkpointing, or "
 
 
 def against(planned: int | None, measured: int | None) -> str:

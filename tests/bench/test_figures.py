@@ -52,11 +52,13 @@ MEASURED: dict[Case, Values] = {
     Case("long", "full", 0, None, 65_536): {"tokens_per_second": 2000.0},
     Case("long", "generate", 0, None, 65_536): {"tokens_per_second": 1500.0},
     Case("update", "chain", 16, 1024, 4096): {"model_flops_fraction": 0.55},
+    Case("update", "chain_checkpointed", 16, 1024, 4096): {"model_flops_fraction": 0.45},
     Case("update", "horizon", 4, 1024, 2048): {"peak_bytes": 40_000},
     Case("update", "horizon", 4, 1024, 65_536): {"peak_bytes": 41_000},
     Case("update", "chain", 4, 1024, 2048): {"peak_bytes": 40_000},
     Case("update", "chain", 4, 1024, 65_536): {"peak_bytes": 44_000},
-    Case("step", "pte", 64, 1024, 3072): {"peak_bytes": 30, "state_fraction": 0.1},
+    Case("step", "pte", 64, 1024, 3072): {"peak_bytes": 45, "state_fraction": 0.1},
+    Case("step", "pte_checkpointed", 64, 1024, 3072): {"peak_bytes": 30, "state_fraction": 0.2},
     Case("step", "plain_lora", 64, None, 3072): {"peak_bytes": 60},
 }
 ROWS = {case: Row(case, "c1", values) for case, values in MEASURED.items()}
@@ -98,7 +100,10 @@ def test_a_figure_without_its_row_is_null_and_the_others_stay(missing: Case) -> 
     changed = {name for name in whole if without[name] != whole[name]}
     # The slower full cache takes the place of the faster one.
     allowed = {"long_rollout_ratio_64k"} if missing.arm in ("full", "generate") else set()
-    assert changed or missing == Case("long", "generate", 0, None, 65_536)
+    # So does the slower way of the dense update. Without the slower one nothing changes.
+    allowed |= {"update_mfu_7b"} if missing.part == "update" and missing.batch == 16 else set()
+    slower = (Case("long", "generate", 0, None, 65_536), Case("update", "chain_checkpointed", 16, 1024, 4096))
+    assert changed or missing in slower
     assert all(without[name] is None for name in changed - allowed)
 
 

@@ -132,7 +132,10 @@ def test_a_step_s_spans_are_all_named_and_sum_to_its_time(whole_run: tuple[str, 
 
 def test_only_the_update_whose_evicted_tokens_wait_reports_their_bytes(whole_run: tuple[str, dict]) -> None:
     updates = {case: row for case, row in rows_of(whole_run[1]).items() if case.part == "update"}
-    assert {case.arm for case, row in updates.items() if row.number("evicted_bytes") is not None} == {"chain"}
+    assert {case.arm for case, row in updates.items() if row.number("evicted_bytes") is not None} == {
+        "chain",
+        "chain_checkpointed",
+    }
     # 32 tokens, window 8, blocks of 4: evictions before tokens 8, 12, ... 28, of 4 tokens x 128 bytes, two sequences.
     assert updates[Case("update", "chain", 2, 8, 32)].number("evicted_bytes") == 2 * 6 * 4 * 128
 

@@ -227,6 +227,8 @@ def test_a_fingerprint_changes_with_settings_and_with_those_of_the_base_and_not_
     here = made(tmp_path)
     assert made(tmp_path / "elsewhere") == here
     assert made(tmp_path, distill__learning_rate=2e-2) != here
+    # Left out only where it says what was done before there was a choice: it does change what a step costs.
+    assert made(tmp_path, train__gradient_checkpointing=True) != here
     settings = replace(bases.RECIPES["recall"].settings, steps=7)
     monkeypatch.setitem(bases.RECIPES, "recall", replace(bases.RECIPES["recall"], settings=settings))
     assert made(tmp_path) != here

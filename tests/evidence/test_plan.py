@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from dataclasses import fields, replace
@@ -13,7 +14,8 @@ import pytest
 from pte.arms import ARMS, arm_config
 from pte.config import ExperimentConfig, ModelConfig
 from pte.evidence.levels import levels_of
-from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart
+from pte.evidence.measurements import part_file
+from pte.evidence.parts import BasePart, CostPart, ScoredPart, TrainedPart, fingerprint_of
 from pte.evidence.plan import (
     CAPACITY_FACTS,
     CONTROLS,
@@ -248,3 +250,10 @@ def test_the_longest_completions_on_the_shipped_base_fit_its_trained_positions()
         completion_tokens=max(MEMORY_TOKENS),
         allow_beyond_trained_positions=False,
     )
+
+
+def test_every_published_part_is_still_what_its_fingerprint_says() -> None:
+    published = Path(__file__).parents[2] / "benchmarks" / "evidence"
+    for part in plan("full", published):
+        kept = json.loads(part_file(published, part.name).read_text(encoding="utf-8"))
+        assert kept["fingerprint"] == fingerprint_of(part, published), part.name

@@ -137,6 +137,14 @@ def test_sampled_sequences_are_the_rollouts_of_seeds_from_torch_s_generator(opti
     assert torch.equal(found, as_sequences(batch["input_ids"].repeat_interleave(3, 0), rollouts))
 
 
+def test_greedy_decoding_leaves_torch_s_generator_as_it_was() -> None:
+    model, before = peft_model(), torch.get_rng_state()
+    model.generate(**batch_of(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    model.generate(**batch_of(), max_new_tokens=4, do_sample=True)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_seed_of_torch_decides_what_is_sampled() -> None:
     model, texts = peft_model(), []
     for seed in (1, 1, 2):
@@ -374,6 +382,18 @@ def test_neither_training_mode_nor_checkpointing_changes_what_is_generated() -> 
     found = model.generate(**call)
     assert torch.equal(found, expected) and not found.requires_grad
     assert model.training and all(layer.gradient_checkpointing for layer in model.get_base_model().get_decoder().layers)
+
+
+@pytest.mark.parametrize("kind", ["thought", "lora"])
+def test_autocast_changes_nothing_that_is_generated(kind: str) -> None:
+    model = peft_model(dtype=torch.float32, kind=kind)
+    call = {**batch_of(), "max_new_tokens": 30, "do_sample": True, "eos_token_id": None}
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(model.generate(**call))
+    assert torch.equal(*found)
 
 
 def test_a_disabled_adapter_leaves_the_base_under_the_same_budget() -> None:

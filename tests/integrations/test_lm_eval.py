@@ -164,6 +164,19 @@ def test_prompts_have_the_special_tokens_of_pte_eval_s_prompts(model: Path) -> N
     assert chat.tok_encode(text) == expected and tokenizer.bos_token_id not in expected
 
 
+def test_a_conversation_changes_no_text_but_its_own(model: Path) -> None:
+    lm = BoundedLM(pretrained=str(model))
+    lm.tokenizer.chat_template = "User: {{ messages[0]['content'] }}\n"
+    questions = ["1 + 12", "1 + 1", "3 + 33", "3 + 3"]
+    for question in questions:
+        chat = lm.apply_chat_template([{"role": "user", "content": question}])
+        for text in (chat, chat.rstrip(), f"{chat.rstrip()}7 and more"):
+            assert lm.tok_encode(text) == lm.tok_encode(text, add_special_tokens=False)
+    begin = [lm.tokenizer.bos_token_id]
+    for text in [*questions, "User:", "A plain text of a later task", "User: 2?"]:
+        assert lm.tok_encode(text) == begin + lm.tok_encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_texts_and_scores_of_a_task_are_those_of_pte_eval(
     form: str, experiment: Path, data: Path, tmp_path: Path

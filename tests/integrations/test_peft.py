@@ -142,6 +142,31 @@ def test_a_replay_is_the_same_under_the_library_s_gradient_checkpointing(mode: s
     assert all(layer.gradient_checkpointing for layer in model.get_base_model().get_decoder().layers)
 
 
+@pytest.mark.parametrize("rule", ["delta", "read", "paper"])
+def test_autocast_changes_no_state(rule: str) -> None:
+    model, tokens = peft_model(dtype=torch.float32, update_rule=rule), token_ids()
+    binding, read = thought_adapter(model).binding, []
+    adapted = model.get_base_model().get_decoder().layers[1].mlp.down_proj
+    adapted.register_forward_hook(lambda *_: read.append(binding.current.transposed[1]))
+    expected = logits_of(model, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = logits_of(model, tokens)
+    assert torch.equal(*read) and read[0].dtype == torch.float32
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max(), "what bfloat16 rounds, no more"
+
+
+def test_an_adapter_that_was_cast_to_half_precision_is_refused_with_the_remedy() -> None:
+    model, tokens = peft_model(dtype=torch.float32).bfloat16(), token_ids()
+    message = r"must be in torch.float32, .*, got torch.bfloat16; .* call model.base_model.pte_adapters.float\(\)"
+    for call in (lambda: model(tokens), lambda: policy_of(model), lambda: model.generate(tokens, max_new_tokens=3)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.base_model.pte_adapters.float()
+    assert logits_of(model, tokens).isfinite().all()
+    assert model.generate(tokens, max_new_tokens=3, eos_token_id=None).shape == (2, 12)
+
+
 def test_only_the_adapter_trains_and_all_of_it() -> None:
     model, tokens = peft_model(), token_ids()
     base = {name: p.clone() for name, p in model.get_base_model().named_parameters()}

@@ -19,7 +19,7 @@ from peft_models import peft_model
 from pte.integrations.peft import PTEConfig
 from pte.integrations.trl import PTEGRPOTrainer, loading_arguments
 from pte.integrations.trl_batch import PREFIX, ReplayRecord, replay_batch
-from pte.integrations.trl_checks import REFUSED, TRL_VERSIONS, check_base, check_trl_version
+from pte.integrations.trl_checks import REFUSED, TRL_VERSIONS, check_base, check_room, check_trl_version
 from pte.rollout.record import collate_rollouts
 from sampled import requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
@@ -214,6 +214,18 @@ def test_a_temperature_that_gives_no_group_is_refused(temperature: float, match:
 
 def test_completions_without_an_end_are_refused() -> None:
     refused("max_completion_length must be a number", args=GRPOConfig("out", use_cpu=True, max_completion_length=None))
+
+
+def test_a_dtype_that_trl_would_pass_over_is_refused() -> None:
+    args = GRPOConfig("out", use_cpu=True, bf16=False, model_init_kwargs={"torch_dtype": "bfloat16"})
+    refused("must name the dtype as 'dtype', .*, got 'bfloat16'; write model_init_kwargs={'dtype'", args=args)
+
+
+def test_a_prompt_without_room_for_its_completion_is_refused_in_trl_s_words() -> None:
+    check_room([[3], [3] * 10], max_completion_length=54, trained=64)
+    message = "within the base's 64 trained positions, got 10 \\+ 55 tokens; set max_completion_length=54 or less"
+    with pytest.raises(ValueError, match=message):
+        check_room([[3], [3] * 10], max_completion_length=55, trained=64)
 
 
 def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pte.method.attention import (
     additive,
     causal_attention,
     grouped_attention,
+    packed_mask,
     stretch_mask,
 )
 from pte.method.cache import BoundedCache, CacheShape
@@ -38,7 +39,7 @@ def test_grouped_attention_is_the_naive_program(group: int, tokens: int) -> None
     allowed = torch.rand(batch, 1, tokens, keys, generator=generator) < 0.6
     allowed[..., 0] = True
     mask = additive(allowed, torch.float64)
-    ours = grouped_attention(query, key, value, mask=mask, scaling=0.37)
+    ours = grouped_attention(query, key, value, mask=packed_mask(mask, group=group), scaling=0.37)
     torch.testing.assert_close(ours, naive_attention(query, key, value, mask=mask, scaling=0.37), rtol=0, atol=1e-12)
 
 
@@ -122,7 +123,8 @@ def test_a_stretch_of_several_segments_equals_one_token_at_a_time() -> None:
         return torch.stack([x[b, :, s * width : (s + 1) * width] for b in range(batch) for s in range(segments)])
 
     out = attention.attend(0, rows(query), key=rows(key), value=rows(value), scaling=0.5)
-    assert torch.equal(attention.new_keys[0], key) and torch.equal(attention.new_values[0], value)
+    added_keys, added_values = attention.take()
+    assert torch.equal(added_keys[0], key) and torch.equal(added_values[0], value)
     for b in range(batch):
         for t in range(tokens):
             held = kept[b, t // width]

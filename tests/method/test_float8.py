@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from float8_reference import CODES, nearest_code, rounded_vector
-from pte.method.float8 import Float8Linear, float8_product, rounded_to_float8, to_float8
+from live_bytes import LiveBytes
+from pte.method.float8 import Float8Linear, as_bytes, float8_product, rounded_to_float8, to_float8
 
 NUMBERS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -57,6 +58,23 @@ def test_what_float8_keeps_is_exact_in_every_dtype_that_computes_and_rounding_ag
     # Three bits behind the leading one: a normal code is at most 1/16 away.
     normal = x.abs() >= 2.0**-6 * rounded.scales[:, None].double()
     assert ((kept.double() - x).abs() <= x.abs() / 16)[normal].all() and normal.float().mean() > 0.9
+
+
+def test_many_vectors_are_rounded_as_few_are_in_little_more_memory_than_their_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(3, 700, 32, dtype=torch.bfloat16).transpose(0, 1) * torch.logspace(-9, 9, 32)
+    x = x.bfloat16()
+    expected = to_float8(x)
+    monkeypatch.setattr("pte.method.float8.ROUNDED_AT_ONCE", 1000)
+    with LiveBytes() as rounding:
+        found = to_float8(x)
+    assert found.codes.shape == x.shape and torch.equal(as_bytes(found.codes), as_bytes(expected.codes))
+    assert torch.equal(found.scales, expected.scales)
+    # Codes and scales, the parts that they are put together from, and nine bytes for each of the last 1000 numbers.
+    kept = found.codes.nbytes + found.scales.nbytes
+    assert rounding.peak <= 2 * kept + x.nbytes * (not x.is_contiguous()) + 10 * 1000
+    assert to_float8(x[:0]).codes.shape == x[:0].shape
 
 
 def test_a_map_multiplies_rounded_weights_with_rounded_activations_and_its_gradient_passes_straight_through() -> None:

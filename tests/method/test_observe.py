@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pte.method import observe
-from pte.method.attention import StretchAttention, additive, grouped_attention
+from pte.method.attention import StretchAttention, additive, grouped_attention, packed_mask
 from pte.method.cache import BoundedCache, CacheShape
 from pte.method.observe import AttentionObserver, received_attention
 
@@ -114,7 +114,8 @@ def test_an_observed_output_is_the_unobserved_one_bit_for_bit_and_carries_its_gr
     observer = AttentionObserver()
     attention = StretchAttention(None, None, mask=given["mask"], segments=1, observer=observer)
     observed = attention.attend(0, given["query"], key=key, value=value, scaling=0.37)
-    plain = grouped_attention(given["query"], key, value, mask=given["mask"], scaling=0.37)
+    packed = packed_mask(given["mask"], group=given["query"].shape[1] // key.shape[1])
+    plain = grouped_attention(given["query"], key, value, mask=packed, scaling=0.37)
     assert torch.equal(observed.reshape(-1), plain.reshape(-1))
     assert not observer.take().requires_grad
     (mine,), (theirs,) = (torch.autograd.grad(x.sum(), key) for x in (observed, plain))

@@ -155,12 +155,36 @@ def test_a_base_that_is_too_large_cannot_run_and_the_remedy_is_said() -> None:
     assert said[0].endswith("of 6.00 GB; use a smaller base, --dtype bfloat16 or a larger device")
 
 
+def with_micro_batch(count: int, machine: Machine, *, again: bool = False) -> dict[str, ArmPlan]:
+    train = replace(EXPERIMENT.train, micro_batch_size=count, gradient_checkpointing=again)
+    return arms(replace(EXPERIMENT, train=train), machine)
+
+
 def test_an_update_that_is_too_wide_is_told_its_micro_batch() -> None:
-    wide = replace(EXPERIMENT, train=replace(EXPERIMENT.train, micro_batch_size=64))
-    found = arms(wide)
-    most = found["PTE"].largest_micro_batch
-    assert not found["PTE"].fits and 1 <= most < 64
-    assert f"--micro-batch {most} or less for the update" in sentences(list(found.values()), GPU)[-2]
+    machine = Machine(True, 16 * 10**9, None, None, "")
+    found = with_micro_batch(64, machine)
+    most, again = found["PTE"].largest_micro_batch, found["PTE"].largest_recomputed
+    assert not found["PTE"].fits_recomputed and 1 <= most < again < 64
+    assert f"--micro-batch {most} or less for the update (--gradient-checkpointing: {again})" in " ".join(
+        sentences(list(found.values()), machine)
+    )
+
+
+def test_gradient_checkpointing_is_named_where_it_makes_an_arm_fit_and_only_there() -> None:
+    found = with_micro_batch(64, GPU)
+    pte, full = found["PTE"], found["LoRA"]
+    assert not pte.fits and pte.fits_recomputed and pte.largest_micro_batch < pte.largest_recomputed == 64
+    said = " ".join(sentences(list(found.values()), GPU))
+    assert (
+        f"PTE fits with --gradient-checkpointing, which computes each layer of the update twice, or with "
+        f"--micro-batch {pte.largest_micro_batch}" in said
+    )
+    # A full cache's layers are computed again in any case.
+    assert full.fits == full.fits_recomputed and full.largest_micro_batch == full.largest_recomputed
+    checkpointed = with_micro_batch(64, GPU, again=True)
+    assert checkpointed["PTE"].fits and checkpointed["LoRA"].update == full.update
+    assert checkpointed["PTE"].rollout == pte.rollout and checkpointed["PTE"].largest_micro_batch == 64
+    assert "--gradient-checkpointing" not in " ".join(sentences(list(checkpointed.values()), GPU))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("paper-*.toml")), ids=lambda path: path.stem)

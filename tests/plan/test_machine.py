@@ -69,5 +69,14 @@ def test_no_memory_and_impossible_rates_are_refused() -> None:
         ValueError, match=r"gpu_memory must say what there is.*--gpu-memory 80GB, --gpu h100, or --host"
     ):
         planned_machine(**NOTHING)
-    with pytest.raises(ValueError, match=r"flops must be above 0, got -1\.0; use for example 3e12"):
-        planned_machine(**{**NOTHING, "gpu": "h100", "flops": -1.0})
+    for rate in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=f"flops must be a finite number above 0, got {rate}; use for example 3e12"
+        ):
+            planned_machine(**{**NOTHING, "gpu": "h100", "flops": rate})
+
+
+@pytest.mark.parametrize("rate", ["bandwidth", "flops"])
+def test_rates_without_a_gpu_are_not_ignored(rate: str) -> None:
+    with pytest.raises(ValueError, match="bandwidth and flops must be left out without a GPU.*say --gpu-memory"):
+        planned_machine(**{**NOTHING, "host_memory": "8GB", rate: 1e11})

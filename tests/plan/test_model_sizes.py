@@ -84,6 +84,8 @@ def test_a_built_in_shape_needs_no_file(name: str) -> None:
     assert (sizes.layers, sizes.hidden_size, sizes.kv_dim) == (shape.layers, shape.hidden_size, shape.kv_dim)
     # 3,085,938,688 and 7,615,616,512 parameters on the cards of Qwen2.5, 8,030,261,248 on that of Llama-3.1-8B.
     assert sizes.parameters == {"3b": 3_085_938_688, "7b": 7_615_616_512, "8b": 8_030_261_248}[BUILT_IN[name]]
+    # max_position_embeddings of Qwen2.5-3B-Instruct and 7B-Instruct, of Llama-3.1-8B-Instruct and R1-Distill-Llama-8B.
+    assert sizes.max_positions == {"3b": 32_768, "7b": 32_768, "8b": 131_072}[BUILT_IN[name]]
 
 
 def test_a_configuration_without_weights_is_enough(tmp_path: Path) -> None:

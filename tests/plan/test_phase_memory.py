@@ -34,7 +34,17 @@ WIDE = {
 }
 
 
-def both(architecture="qwen2", *, batches=1, tokens=150, prompt=24, mode="chain", dtype=torch.float32, **options):
+def both(
+    architecture="qwen2",
+    *,
+    batches=1,
+    tokens=150,
+    prompt=24,
+    mode="chain",
+    dtype=torch.float32,
+    again=False,
+    **options,
+):
     """A policy with 2 sequences at once, the plan of it, its work."""
     settings = {"window": 32, "block": 8, "kind": "thought", "rank": 8, "global_tokens": 3, **options}
     wide = WIDE if architecture != "qwen3" else {**WIDE, "head_dim": 16}
@@ -58,6 +68,7 @@ def both(architecture="qwen2", *, batches=1, tokens=150, prompt=24, mode="chain"
         gradient_mode=mode,
         horizon=4,
         reference=None,
+        gradient_checkpointing=again,
     )
     return policy, plan, work
 
@@ -71,6 +82,7 @@ def step_of(policy, work: Workload) -> OurStep:
         mode=work.gradient_mode,
         horizon=work.horizon,
         micro_batch=work.micro_batch,
+        gradient_checkpointing=work.gradient_checkpointing,
     )
 
 
@@ -83,6 +95,13 @@ CASES = {
     "PTE, no prompt to speak of": {"prompt": 2},
     "PTE, masks of a wide window": {"prompt": 2, "window": 128, "block": 32, "tokens": 300},
     "PTE, a block at a time": {"eviction": UniformRandom()},
+    "PTE, layers again": {"again": True},
+    "PTE, layers again, horizon": {"again": True, "mode": "horizon"},
+    "PTE, layers again, one window": {"again": True, "tokens": 20},
+    "PTE, layers again, two micro-batches": {"again": True, "batches": 2, "rank": 48},
+    "PTE, layers again, bfloat16": {"again": True, "dtype": torch.bfloat16},
+    "PTE, layers again, wide window": {"again": True, "prompt": 2, "window": 128, "block": 32, "tokens": 300},
+    "LoRA_c, layers again": {"again": True, "kind": "lora"},
     "global tokens only": {"kind": "global_only"},
     "qwen3": {"architecture": "qwen3"},
     "llama": {"architecture": "llama"},
@@ -128,7 +147,7 @@ def test_the_planned_peak_of_a_step_is_within_a_tenth_of_the_process_s(arm: str)
     )
     assert plan.sizes == ModelSizes.of(policy.base.config)
     work = Workload(
-        preset.prompt_tokens, tokens, preset.batch, preset.batch, 1, preset.batch, arm, preset.horizon, None
+        preset.prompt_tokens, tokens, preset.batch, preset.batch, 1, preset.batch, arm, preset.horizon, None, False
     )
     resident = sum(plan.resident.values())
     grown = isolated_growth_bytes(preset, arm, tokens=tokens)

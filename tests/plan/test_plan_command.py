@@ -27,9 +27,12 @@ def test_short_flags_say_what_the_experiment_s_own_say() -> None:
         "--window": "64",
         "--evict": "32",
     }
-    short = [f"{flag}={values.get(flag, '4')}" for flag in PLAN_FLAGS]
-    long = [word for flag, name in PLAN_FLAGS.items() for word in (name, values.get(flag, "4"))]
-    assert planned(*short) == planned(*long)
+    switch = "--gradient-checkpointing"
+    valued = {flag: name for flag, name in PLAN_FLAGS.items() if flag != switch}
+    short = [f"{flag}={values.get(flag, '4')}" for flag in valued]
+    long = [word for flag, name in valued.items() for word in (name, values.get(flag, "4"))]
+    assert planned(*short, switch) == planned(*long, PLAN_FLAGS[switch])
+    assert planned(switch).experiment.train.gradient_checkpointing
 
 
 def test_a_window_alone_evicts_a_quarter_and_a_gpu_alone_computes_in_bfloat16() -> None:
@@ -38,6 +41,10 @@ def test_a_window_alone_evicts_a_quarter_and_a_gpu_alone_computes_in_bfloat16() 
     config = planned("--window=100", "--evict", "50", "--gpu", "h100", "--dtype", "float32").experiment
     assert (config.cache.evict_tokens, config.model.dtype) == (50, "float32")
     assert planned("--host-memory", "8GB").experiment.model.dtype == "float32"
+    # tyro takes underscores for dashes, and so do the short flags and what follows from them.
+    underscores = planned("--cache.window_tokens", "100", "--gpu_memory", "80GB", "--micro_batch=2").experiment
+    dashes = planned("--window", "100", "--gpu-memory", "80GB", "--micro-batch", "2").experiment
+    assert underscores == dashes
 
 
 def test_an_experiment_file_says_what_no_flag_says() -> None:

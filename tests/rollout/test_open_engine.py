@@ -146,6 +146,21 @@ def test_a_request_cancelled_by_its_own_last_tokens_does_not_finish() -> None:
     assert not opened.rollouts and opened.engine.free_rows == 1
 
 
+def test_what_one_request_s_tokens_cancel_is_not_heard_of_at_the_same_look() -> None:
+    opened = Opened(tiny_policy(), rows=2, stop=())
+    opened.engine.look_every_tokens = 8
+    first, second = (opened.engine.submit(RolloutRequest((5, 6), seed)) for seed in range(2))
+    heard: list[int] = []
+
+    def on_tokens(new: NewTokens) -> None:
+        heard.append(new.order)
+        opened.engine.cancel(second)
+
+    opened.engine.on_tokens = on_tokens
+    opened.work()
+    assert set(heard) == {first} == opened.rollouts.keys()
+
+
 def test_an_open_engine_takes_no_more_memory_however_many_requests_pass() -> None:
     opened = Opened(tiny_policy(), rows=2, top_logprobs=3)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pte.rollout.record import collate
+from pte.rollout.likelihood import likelihood
+from pte.rollout.record import collate, collate_rollouts
 from pte.rollout.replay import Replay
 from sampled import gap, replay_of, requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
@@ -141,3 +142,25 @@ def test_an_adapter_that_changed_since_the_forward_is_refused(mode: str, horizon
         next(policy.adapter.parameters()).mul_(1.5)
     with pytest.raises(RuntimeError, match="must not change between a replay's forward and its backward"):
         logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_autocast_is_refused_because_it_would_make_another_policy(window: int | None) -> None:
+    policy = tiny_policy(window=window, dtype=torch.float32, base=tiny_base(dtype=torch.float32))
+    prompts, _ = random_sequences(4, completion=(1, 2))
+    rollouts = sample(policy, requests_for(prompts))
+    batch = collate_rollouts(rollouts)
+    message = r"base's own dtype, torch.float32, got autocast to torch.bfloat16; .*autocast\('cpu', enabled=False\)"
+    walks = (
+        lambda: Replay(policy)(batch),
+        lambda: likelihood(policy, batch),
+        lambda: sample(policy, requests_for(prompts)),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for walk in walks:
+            with pytest.raises(ValueError, match=message):
+                walk()
+        with torch.autocast("cpu", enabled=False):
+            replayed = Replay(policy)(batch).policy_logprobs
+    for row, rollout in zip(replayed, rollouts, strict=True):
+        torch.testing.assert_close(row[: len(rollout.completion_ids)], rollout.rollout_logprobs, rtol=0, atol=1e-5)

@@ -110,6 +110,7 @@ class OurStep(OurRollout):
         mode: Gradient mode of the replay.
         horizon: Evictions that gradients go through in mode `horizon`; not read in the others.
         micro_batch: Completions that are replayed at once.
+        gradient_checkpointing: The replay computes layers again.
     """
 
     def __init__(
@@ -120,9 +121,15 @@ class OurStep(OurRollout):
         mode: GradientMode,
         horizon: int,
         micro_batch: int,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(policy, prompts)
-        self.replay = Replay(policy, gradient_mode=mode, horizon=horizon if mode == "horizon" else None)
+        self.replay = Replay(
+            policy,
+            gradient_mode=mode,
+            horizon=horizon if mode == "horizon" else None,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         self.micro_batch = micro_batch
         assert policy.adapter is not None
         self.optimizer = make_optimizer(policy.adapter.parameters())

@@ -1,10 +1,10 @@
 """Part `step`: one whole GRPO step, where its time goes, and its peak beside plain LoRA's.
 
-Decides: the two sides. Ours is a rollout, a reward, the replay in `chain` by micro-batches, and the optimizer; the time
-comes from a step without a clock, the breakdown from one under `pte.timing`, which waits for the device at every span.
-Plain LoRA's is `generate` with its full cache at the end of the completion, where it takes the most memory, and the
-checkpointed update by the same micro-batches and chunks of logits; its rollout's time is that of the step at half the
-length, for all.
+Decides: the two sides. Ours is a rollout, a reward, the replay in `chain` by micro-batches, with and without gradient
+checkpointing, and the optimizer; the time comes from a step without a clock, the breakdown from one under `pte.timing`,
+which waits for the device at every span. Plain LoRA's is `generate` with its full cache at the end of the completion,
+where it takes the most memory, and the checkpointed update by the same micro-batches and chunks of logits; its
+rollout's time is that of the step at half the length, for all.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from pte.bench.gpu_plan import GpuPlan
 
 STATE_SPANS = ("fold", "read")
+CHECKPOINTED = "pte_checkpointed"
+STEP_ADAPTERS = {**ADAPTERS, CHECKPOINTED: ADAPTERS["pte"]}
 
 
 def step_cases(plan: GpuPlan) -> list[Case]:
-    """PTE, plain LoRA, and LoRA under the window."""
+    """PTE, the same with gradient checkpointing, plain LoRA, and LoRA under the window."""
     sequences, tokens, _ = plan.step
     return [
         Case("step", "pte", sequences, plan.window_tokens, tokens),
+        Case("step", CHECKPOINTED, sequences, plan.window_tokens, tokens),
         Case("step", PLAIN, sequences, None, tokens),
         Case("step", "window_lora", sequences, plan.window_tokens, tokens),
     ]
@@ -51,7 +54,7 @@ def measure_step(bench: Bench, case: Case) -> Values:
 def our_step(bench: Bench, case: Case, tokens: int) -> Values:
     """A step of ours, without a clock and with one."""
     plan, device = bench.plan, bench.device
-    with attached(bench.base, ADAPTERS[case.arm], rank=plan.rank, global_tokens=plan.global_tokens) as adapter:
+    with attached(bench.base, STEP_ADAPTERS[case.arm], rank=plan.rank, global_tokens=plan.global_tokens) as adapter:
         schedule = plan.schedule(case.window_tokens)
         step = OurStep(
             BoundedPolicy(bench.base, adapter, schedule),
@@ -59,6 +62,7 @@ def our_step(bench: Bench, case: Case, tokens: int) -> Values:
             mode="chain",
             horizon=plan.horizon,
             micro_batch=plan.step[2],
+            gradient_checkpointing=case.arm == CHECKPOINTED,
         )
         window, block = schedule.window_tokens, schedule.evict_tokens
         assert window is not None and block is not None

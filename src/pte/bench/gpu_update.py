@@ -1,9 +1,9 @@
 """Part `update`: one optimizer step on given completions, by length: time, model FLOPs, peak memory.
 
 Decides: that completions are random and carry the log-prob of a uniform distribution, so that an update costs what it
-costs after a rollout and no rollout is needed. Ours in each gradient mode under the window; plain LoRA GRPO with a full
-cache and the library's gradient checkpointing, with one sequence where the batch does not fit. Weights and adapter
-are in the peak.
+costs after a rollout and no rollout is needed. Ours in each gradient mode under the window, `chain` with our gradient
+checkpointing, too; plain LoRA GRPO with a full cache and the library's gradient checkpointing, with one sequence where
+the batch does not fit. Weights and adapter are in the peak.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
     from pte.rollout.replay import GradientMode
 
 PLAIN = "plain_lora"
-MODES: dict[str, GradientMode] = {"chain": "chain", "horizon": "horizon", "exact": "exact"}
+CHECKPOINTED = "chain_checkpointed"
+MODES: dict[str, GradientMode] = {"chain": "chain", CHECKPOINTED: "chain", "horizon": "horizon", "exact": "exact"}
 COMPLETION_SEED = 3
 
 
 def update_cases(plan: GpuPlan) -> list[Case]:
-    """The dense update, then every arm from short to long."""
+    """The dense update in both ways, then every arm from short to long."""
     batch, window = plan.update_batch, plan.window_tokens
     sequences, tokens = plan.dense_update
-    cases = [Case("update", "chain", sequences, window, tokens)]
-    for arm, kept in (("horizon", window), ("chain", window), (PLAIN, None), ("exact", window)):
+    cases = [Case("update", arm, sequences, window, tokens) for arm in ("chain", CHECKPOINTED)]
+    arms = (("horizon", window), ("chain", window), (PLAIN, None), (CHECKPOINTED, window), ("exact", window))
+    for arm, kept in arms:
         cases += [Case("update", arm, batch, kept, length) for length in plan.update_lengths]
     return list(dict.fromkeys(cases))
 
@@ -77,10 +79,11 @@ def our_update(bench: Bench, case: Case, tokens: int) -> Values:
             mode=MODES[case.arm],
             horizon=plan.horizon,
             micro_batch=case.batch,
+            gradient_checkpointing=case.arm == CHECKPOINTED,
         )
         values = timed_update(bench, lambda: step.update(rollouts))
     rates = update_rates(bench, values, case.window_tokens, sequences=case.batch, tokens=tokens)
-    if case.arm != "chain":
+    if MODES[case.arm] != "chain":
         return {**values, **rates}
     evicted_tokens = schedule.num_evictions(tokens) * (schedule.evict_tokens or 0)
     return {**values, **rates, "evicted_bytes": case.batch * evicted_tokens * bench.work.kv_token_bytes}

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 REINSTALL = "pip install -e . -c constraints.txt in the checkout of pte, in an environment of its own"
 
 
-def doctor(*, json_file: str | None, say: Callable[[str], None] = print) -> int:
+def doctor(*, output: str | None, say: Callable[[str], None] = print) -> int:
     """Looks at everything, reports, and returns the exit status.
 
     Args:
-        json_file: File for the findings as JSON, or None.
+        output: File for the findings as JSON, or None.
         say: Takes a line of the report.
 
     Raises:
         OSError: The file cannot be written; nothing was looked at.
     """
     with ExitStack() as files:
-        file = None if json_file is None else files.enter_context(open(json_file, "w", encoding="utf-8"))
+        file = None if output is None else files.enter_context(open(output, "w", encoding="utf-8"))
         findings, checks = examined(say)
         wrong = [finding for finding in findings if finding.status == "wrong"]
         say(verdict(wrong, [finding for finding in findings if finding.status == "warning"]))

@@ -1,7 +1,7 @@
 """Devices and fast paths: what the machine offers, and which of it a rollout takes.
 
 Decides: what is asked of a device. Whether a path is on, and why not, is said in the words of who decides it
-(`kernels.available`, `rollout.token_step.decode_path`), so that there is one wording.
+(`kernels.available`, `method.float8`, `rollout.token_step.decode_path`), so that there is one wording.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 DEVICES = "devices"
 FAST_PATHS = "fast paths"
-FLOAT8_CAPABILITY = (8, 9)
-"""The oldest GPUs whose matrix units multiply float8."""
 
 
 def devices() -> list[torch.device]:
@@ -96,6 +94,7 @@ def fast_paths() -> list[Finding]:
     import torch
 
     from pte.kernels.available import why_no_kernels
+    from pte.method.float8 import float8_refusal
 
     findings = []
     for device in devices():
@@ -104,15 +103,10 @@ def fast_paths() -> list[Finding]:
         findings.append(Finding(FAST_PATHS, f"kernels on {device}", "ok" if reason is None else "off", says))
         if device.type != "cuda":
             continue
-        capability = torch.cuda.get_device_capability(device)
-        formats = {
-            "bfloat16": torch.cuda.is_bf16_supported(),
-            "float8": capability >= FLOAT8_CAPABILITY,
-        }
-        for name, there in formats.items():
-            says = "multiplied by the device" if there else f"not multiplied by capability {capability}"
-            note = "; pte computes in bfloat16, float16 or float32" if name == "float8" else ""
-            findings.append(Finding(FAST_PATHS, f"{name} on {device}", "ok" if there else "off", says + note))
+        no_bfloat16 = None if torch.cuda.is_bf16_supported() else "not multiplied by the device; use dtype float16"
+        for name, reason in (("bfloat16", no_bfloat16), ("float8", float8_refusal(device))):
+            says = "on" if reason is None else reason
+            findings.append(Finding(FAST_PATHS, f"{name} on {device}", "ok" if reason is None else "off", says))
     pinned = torch.cuda.is_available() and torch.empty(1, pin_memory=True).is_pinned()
     says = "on: evicted keys and values wait in it" if pinned else "nothing to copy from: no CUDA device"
     findings.append(Finding(FAST_PATHS, "pinned host memory", "ok" if pinned else "off", says))

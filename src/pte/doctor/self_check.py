@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pte.model.policy import BoundedPolicy
 
 SECTION = "self check"
-REPORT = "report it with the output of pte doctor --json; until then run on another device"
+REPORT = "report it with the output of pte doctor --output doctor.json; until then run on another device"
 WINDOW_TOKENS, EVICT_TOKENS = 8, 2
 NUM_STATEMENTS = 6
 MAX_NEW_TOKENS = 10 * NUM_STATEMENTS + 4

@@ -35,6 +35,11 @@ RUNS = "runs"
 ROLLOUTS = "rollouts"
 BETWEEN_FILE = "between.json"
 FINGERPRINT_LETTERS = 16
+LATER_SETTINGS = {"gradient_checkpointing": False}
+"""Settings that came after parts were published, with the value that says what was done before there was a choice.
+
+Where they have it, nothing else is measured than then: they are left out of the fingerprint, which stays as it was.
+"""
 CURVE_METRICS = ("reward", "accuracy", "logprob_gap_max", "completion_tokens", "entropy")
 
 
@@ -148,9 +153,17 @@ def fingerprint_of(part: Part, directory: Path) -> str:
         directory: Of the evidence run, which may be moved.
     """
     base = part.base if isinstance(part, BasePart) else (part.after or "").removeprefix(BASE_PREFIX)
-    settings = {"part": asdict(part), "base": asdict(RECIPES[base].settings) if base else None}
+    settings = {
+        "part": asdict(part, dict_factory=decided),
+        "base": asdict(RECIPES[base].settings) if base else None,
+    }
     text = json.dumps(settings, sort_keys=True).replace(str(directory.resolve()), "")
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_LETTERS]
+
+
+def decided(fields: list[tuple[str, object]]) -> dict[str, object]:
+    """The fields of a dataclass without `LATER_SETTINGS` that have their old value."""
+    return {name: value for name, value in fields if name not in LATER_SETTINGS or value != LATER_SETTINGS[name]}
 
 
 def base_measurements(part: BasePart, directory: Path) -> list[Measurement]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.func import functional_call
 
@@ -54,10 +55,15 @@ class FirstStateHooks:
             handle.remove()
 
     def bind(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], *, layer: int) -> None:
-        """Binds the active adapter under S_0 before a block runs."""
+        """Binds the active adapter under S_0 before a block runs.
+
+        Raises:
+            ValueError: It is in half precision.
+        """
         adapter = None if runs_bounded(self.base) else self.active(block)
         if adapter is None:
             return
+        check_encoder_dtype(adapter)
         x = args[0] if args else kwargs["hidden_states"]
         decoder_layer = self.base.get_decoder().layers[layer]
         dtype = self.base.dtype
@@ -67,8 +73,10 @@ class FirstStateHooks:
         )
         transposed = None
         if adapter.encoder is not None:
-            keys, values = global_keys_values(decoder_layer, adapter.encoder.global_tokens.to(dtype))
-            state = first_state_of_layer(adapter.encoder, layer, keys=keys, values=values)
+            # States are computed in the encoder's float32 (`solve_triangular` has nothing less), under autocast too.
+            with torch.autocast(x.device.type, enabled=False):
+                keys, values = global_keys_values(decoder_layer, adapter.encoder.global_tokens.to(dtype))
+                state = first_state_of_layer(adapter.encoder, layer, keys=keys, values=values)
             transposed = (state.t().expand(len(x), -1, -1),) * (layer + 1)
         adapter.binding.current = BoundAdapter(((),) * layer + (groups,), transposed)
 
@@ -77,6 +85,21 @@ class FirstStateHooks:
         adapter = None if runs_bounded(self.base) else self.active(block)
         if adapter is not None:
             adapter.binding.current = None
+
+
+def check_encoder_dtype(adapter: ThoughtAdapter) -> None:
+    """Refuses an adapter whose states nothing can compute.
+
+    Raises:
+        ValueError: Somebody has cast it to half precision, together with the base.
+    """
+    dtype = None if adapter.encoder is None else adapter.encoder.key_map.dtype
+    if dtype is not None and dtype.itemsize < 4:
+        raise ValueError(
+            f"a thought adapter must be in torch.float32, in which its states are computed and trained, got {dtype}; "
+            f"load the base in the dtype that you want instead of casting the whole model, or call "
+            f"model.base_model.pte_adapters.float()"
+        )
 
 
 class FirstState(nn.Module):

@@ -87,11 +87,14 @@ def generate(
             "pad_token_id must be set where stopping criteria end some sequences of a batch before others, got none; "
             "pass pad_token_id=tokenizer.pad_token_id"
         )
+    # Greedy decoding leaves the generator as it was, as in Transformers: a script that trains goes on as without it.
+    with torch.random.fork_rng(devices=(), enabled=options.temperature == 0):
+        seeds = torch.randint(STREAM_SEEDS, (len(rows),), device="cpu").tolist()
     requests = [
         RolloutRequest(prompt, seed)
         for prompt, seed in zip(
             [prompt for prompt in prompts for _ in range(options.num_return_sequences)],
-            torch.randint(STREAM_SEEDS, (len(rows),), device="cpu").tolist(),
+            seeds,
             strict=True,
         )
     ]
@@ -102,11 +105,13 @@ def generate(
         temperature=options.temperature,
         stop_token_ids=ends,
     )
-    if options.criteria or streamer is not None:
-        watch = Watch(rows, options=options, streamer=streamer, pad_token_id=pad)
-        completions = run_watched(engine, requests, watch)
-    else:
-        completions = [list(rollout.completion_ids) for rollout in engine.run(requests)]
+    # The policy is what a rollout samples and a replay scores: in the base's own dtype, whoever calls it.
+    with torch.autocast(policy.device.type, enabled=False):
+        if options.criteria or streamer is not None:
+            watch = Watch(rows, options=options, streamer=streamer, pad_token_id=pad)
+            completions = run_watched(engine, requests, watch)
+        else:
+            completions = [list(rollout.completion_ids) for rollout in engine.run(requests)]
     sequences = padded_sequences(rows, completions, pad_token_id=pad)
     if options.returns_dict:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 # The module, not its class: importing PEFT imports this one, perhaps while that one is being imported.
 from pte.integrations import peft_config
-from pte.integrations.first_state import FirstStateHooks
+from pte.integrations.first_state import FirstStateHooks, check_encoder_dtype
 from pte.integrations.generate import generate
 from pte.integrations.peft_layer import AdaptedMap, active_adapter
 from pte.method.adapter import LINEAR_MAPS, ThoughtAdapter
@@ -155,7 +155,7 @@ class PTEModel(BaseTuner):
         """The active adapter under the budget of its configuration; the base alone under it where it is disabled.
 
         Raises:
-            ValueError: No adapter is active.
+            ValueError: No adapter is active, or it is in half precision.
         """
         if not self.active_adapters:
             raise ValueError("a policy needs an active adapter, got a model without any; call set_adapter first")
@@ -163,6 +163,7 @@ class PTEModel(BaseTuner):
         config = self.peft_config[name]
         assert isinstance(config, peft_config.PTEConfig) and isinstance(self.model, PreTrainedModel)
         cache = config.cache_options()
+        check_encoder_dtype(adapter_of(self, name))
         policy = BoundedPolicy(self.model, adapter_of(self, name), cache.schedule, eviction_policy(cache))
         disabled = any(module.disable_adapters for module in self.modules() if isinstance(module, AdaptedMap))
         return policy.without_adapter() if disabled else policy

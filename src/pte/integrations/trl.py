@@ -23,7 +23,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pte.integrations.peft import policy_of
 from pte.integrations.trl_batch import ReplayRecord, replay_batch
-from pte.integrations.trl_checks import check_adapter, check_arguments, check_base, check_left_out, check_text
+from pte.integrations.trl_checks import (
+    check_adapter,
+    check_arguments,
+    check_base,
+    check_left_out,
+    check_room,
+    check_text,
+)
 from pte.learn.optimizer import TrainingStopped
 from pte.learn.trainer import MAX_GAP
 from pte.method.schedule import EvictionSchedule
@@ -143,10 +150,15 @@ class PTEGRPOTrainer(GRPOTrainer):
         seeds and whose state its checkpoints keep.
 
         Raises:
-            ValueError: There are images.
+            ValueError: There are images, or a prompt leaves too little room for its completion.
         """
         if images is not None:
             raise ValueError("prompts must be text, got images; use TRL's GRPOTrainer for them")
+        check_room(
+            prompt_ids,
+            max_completion_length=self.engine.max_new_tokens,
+            trained=self.policy.base.config.max_position_embeddings,
+        )
         seeds = torch.randint(2**63 - 1, (len(prompt_ids),), device="cpu").tolist()
         rollouts = self.engine.run(
             [RolloutRequest(tuple(prompt), seed) for prompt, seed in zip(prompt_ids, seeds, strict=True)]
@@ -199,7 +211,7 @@ class PTEGRPOTrainer(GRPOTrainer):
         """Log-probs of the completions by the bounded replay, their entropies where asked for, no auxiliary loss."""
         assert self.record is not None, "TRL scores completions outside of its batches now"
         policy = self.scored_policy(model)
-        replay = Replay(policy)
+        replay = Replay(policy, gradient_checkpointing=bool(self.args.gradient_checkpointing))
         batch = replay_batch(input_ids, attention_mask[:, :-logits_to_keep], self.record, temperature=self.temperature)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         outputs = [replay(batch.take(part)) for part in rows.split(batch_size or len(rows))]

@@ -7,7 +7,7 @@ What is not named here works as in TRL. Does not know: how completions are made 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,10 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str, str]] = {
         "leave it out, or load the base in float32",
     ),
     "fp16": ((False,), "be {allowed}: gradients of states overflow in half precision", "set bf16=True"),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        ((False,), "be {allowed}: it casts the base and the adapter, which is trained in float32", "leave it out"),
+    ),
     "fsdp": ((None, "", []), "be {allowed}: one process trains", "leave it out"),
     "deepspeed": ((None,), "be {allowed}: one process trains", "leave it out"),
 }
@@ -87,7 +91,7 @@ def check_arguments(args: GRPOConfig) -> None:
 
     Raises:
         ValueError: An argument of `REFUSED` has another value, nothing can be drawn at the temperature, completions
-            have no end, or a launcher or DeepSpeed is at work.
+            have no end, a dtype has a name that TRL passes over, or a launcher or DeepSpeed is at work.
     """
     for name, (allowed, rule, remedy) in REFUSED.items():
         value = getattr(args, name)
@@ -100,6 +104,13 @@ def check_arguments(args: GRPOConfig) -> None:
     check_temperature(args.temperature)
     if args.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens, got None; use for example 1024")
+    loading = args.model_init_kwargs or {}
+    if "torch_dtype" in loading:
+        assert not isinstance(loading, str), "TRL parses what a command line gave it"
+        raise ValueError(
+            f"model_init_kwargs must name the dtype as 'dtype', because TRL passes over 'torch_dtype', got "
+            f"{loading['torch_dtype']!r}; write model_init_kwargs={{'dtype': ...}}"
+        )
     launched = args.distributed_state.distributed_type
     if launched != DistributedType.NO or args.deepspeed_plugin is not None:
         raise ValueError(
@@ -200,6 +211,26 @@ def check_base(base: PreTrainedModel, adapter: ThoughtAdapter | None, *, bf16: b
         raise ValueError(
             f"the base must lie on one device, got {', '.join(devices)}; set model_init_kwargs={{'device_map': None}}, "
             f"or make one GPU visible"
+        )
+
+
+def check_room(prompt_ids: Sequence[Sequence[int]], *, max_completion_length: int, trained: int) -> None:
+    """Refuses prompts that leave too little room for their completions.
+
+    Args:
+        prompt_ids: Of a batch.
+        max_completion_length: TRL's argument.
+        trained: Positions that the base was trained on.
+
+    Raises:
+        ValueError: The longest prompt with its completion would go beyond them.
+    """
+    longest = max(map(len, prompt_ids))
+    if longest + max_completion_length > trained:
+        raise ValueError(
+            f"prompt plus max_completion_length must stay within the base's {trained} trained positions, got {longest} "
+            f"+ {max_completion_length} tokens; set max_completion_length={max(trained - longest, 1)} or less, or "
+            f"leave longer prompts out of the dataset"
         )
 
 

@@ -146,7 +146,12 @@ def build_grpo(session: Session, config: ExperimentConfig) -> GrpoStage:
 def make_replay(policy: BoundedPolicy, stage: DistillConfig | TrainConfig) -> Replay:
     """The replay in a stage's gradient mode."""
     horizon = stage.horizon if stage.gradient_mode == "horizon" else None
-    return Replay(policy, gradient_mode=stage.gradient_mode, horizon=horizon)
+    return Replay(
+        policy,
+        gradient_mode=stage.gradient_mode,
+        horizon=horizon,
+        gradient_checkpointing=stage.gradient_checkpointing,
+    )
 
 
 def make_optimizer(

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from pte.method.observe import AttentionObserver
 
 
+MASK_ALIGNMENT = 16
+
+
 def grouped_attention(
     query: Float[Tensor, "batch heads tokens head_dim"],
     key: Float[Tensor, "batch kv_heads keys head_dim"],
     value: Float[Tensor, "batch kv_heads keys head_dim"],
     *,
-    mask: Float[Tensor, "batch 1 tokens keys"],
+    mask: Float[Tensor, "batch 1 packed keys"],
     scaling: float,
 ) -> Float[Tensor, "batch tokens heads head_dim"]:
     """softmax(scaling q k^T + mask) v, each key head shared by heads / kv_heads query heads and never repeated.
@@ -41,19 +44,34 @@ def grouped_attention(
     Equals: repeat keys and values over the group, scores, softmax, weighted sum.
 
     Args:
-        mask: Added to the scores: 0 where True, -inf where not.
+        mask: `packed_mask` of what is added to the scores, 0 where True, -inf where not.
         scaling: Factor on the scores.
     """
     batch, heads, tokens, head_dim = query.shape
     kv_heads = key.shape[1]
-    group = heads // kv_heads
-    packed = query.reshape(batch, kv_heads, group * tokens, head_dim)
-    packed_mask = mask if group == 1 or tokens == 1 else mask.repeat(1, 1, group, 1)
-    attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=packed_mask, scale=scaling)
+    packed = query.reshape(batch, kv_heads, heads // kv_heads * tokens, head_dim)
+    attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     if tokens == 1:
         # The heads in order are what turning the two axes would give.
         return attended.reshape(batch, 1, heads, head_dim)
     return attended.reshape(batch, heads, tokens, head_dim).transpose(1, 2)
+
+
+def packed_mask(mask: Float[Tensor, "batch 1 tokens keys"], *, group: int) -> Float[Tensor, "batch 1 packed keys"]:
+    """The mask of the queries of a group of heads behind each other, for every layer of a forward.
+
+    Kernels keep their mask for the backward pass: made once, it lies in memory once, not once a layer. Its rows begin
+    at multiples of `MASK_ALIGNMENT` numbers, as the CUDA kernel asks for, which would copy others in every layer.
+
+    Args:
+        mask: Of one head; that of a single token holds for all heads as it is.
+        group: Query heads of a key head.
+    """
+    tokens, keys = mask.shape[2:]
+    if tokens == 1 or (group == 1 and keys % MASK_ALIGNMENT == 0):
+        return mask
+    rows = functional.pad(mask, (0, -keys % MASK_ALIGNMENT))
+    return rows.repeat(1, 1, group, 1)[..., :keys]
 
 
 def causal_attention(
@@ -139,8 +157,8 @@ class StretchAttention:
         observer: Sums what slots and tokens receive, or None.
         float8: The cache stores float8, so that every token, the newest too, is attended to as float8 keeps it.
 
-    `new_keys` and `new_values` hold, per layer, what the stretch adds; a layer that is computed again in a backward
-    pass leaves them as they are.
+    Until `take` it collects what each layer adds and shows it to the observer. A layer that is computed again in a
+    backward pass attends as it did, adds nothing, and is observed by nobody.
     """
 
     def __init__(
@@ -160,8 +178,10 @@ class StretchAttention:
         self.mask = mask
         self.segments = segments
         self.float8 = float8
+        self.packed: Tensor | None = None
         self.new_keys: dict[int, Tensor] = {}
         self.new_values: dict[int, Tensor] = {}
+        self.taken = False
 
     def attend(
         self,
@@ -177,18 +197,34 @@ class StretchAttention:
         query, key, value = (self.join_segments(x) for x in (query, key, value))
         if self.float8:
             key, value = rounded_to_float8(key), rounded_to_float8(value)
-        self.new_keys.setdefault(layer, key)
-        self.new_values.setdefault(layer, value)
+        if not self.taken:
+            self.new_keys[layer], self.new_values[layer] = key, value
         if self.keys is not None and self.values is not None:
             key = torch.cat((self.keys[layer], key), dim=2)
             value = torch.cat((self.values[layer], value), dim=2)
-        if self.observer is not None:
+        if self.observer is not None and not self.taken:
             self.observer.observe(query, key, mask=self.mask, scaling=scaling)
         if self.mask is None:
             attended = causal_attention(query, key, value, scaling=scaling)
         else:
-            attended = grouped_attention(query, key, value, mask=self.mask, scaling=scaling)
+            if self.packed is None:
+                self.packed = packed_mask(self.mask, group=heads // key.shape[1])
+            attended = grouped_attention(query, key, value, mask=self.packed, scaling=scaling)
         return attended.reshape(rows, segment_tokens, heads, head_dim)
+
+    def take(
+        self,
+    ) -> tuple[
+        Float[Tensor, "layers batch kv_heads tokens head_dim"], Float[Tensor, "layers batch kv_heads tokens head_dim"]
+    ]:
+        """Keys and values that the stretch adds, all layers; once, after the forward.
+
+        They are let go here: a graph that computes its layers again holds this object, and they would hold the graph.
+        """
+        self.taken = True
+        keys = torch.stack([self.new_keys.pop(layer) for layer in sorted(self.new_keys)])
+        values = torch.stack([self.new_values.pop(layer) for layer in sorted(self.new_values)])
+        return keys, values
 
     def join_segments(
         self, x: Float[Tensor, "rows heads segment_tokens head_dim"]

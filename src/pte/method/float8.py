@@ -30,6 +30,8 @@ FIRST_CAPABILITY = (8, 9)
 """The oldest GPUs whose matrix units multiply float8."""
 MULTIPLE_OF = 16
 """What the sizes of a matrix must be divisible by for these units."""
+ROUNDED_AT_ONCE = 2**24
+"""Numbers that are rounded together: 150 MB on the way."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,19 @@ def as_bytes(x: Float[Tensor, "*any"]) -> Tensor:
 def to_float8(x: Float[Tensor, "*vectors numbers"]) -> Float8Vectors:
     """Codes and float32 scales of vectors along the last axis, rounded to nearest, ties to even.
 
-    Equals: scale = 2^e with the smallest e >= -117 for which max |x| <= 448 x 2^e, codes = e4m3(x / scale).
+    Equals: scale = 2^e with the smallest e >= -117 for which max |x| <= 448 x 2^e, codes = e4m3(x / scale). Many
+    vectors are rounded some at a time, because each takes nine bytes a number on the way.
     """
+    if x.numel() <= ROUNDED_AT_ONCE:
+        return rounded_vectors(x)
+    rows = x.reshape(-1, x.shape[-1])
+    parts = [rounded_vectors(part) for part in rows.split(max(1, ROUNDED_AT_ONCE // x.shape[-1]))]
+    codes = torch.cat([as_bytes(part.codes) for part in parts]).view(FLOAT8)
+    return Float8Vectors(codes.view(x.shape), torch.cat([part.scales for part in parts]).view(x.shape[:-1]))
+
+
+def rounded_vectors(x: Float[Tensor, "*vectors numbers"]) -> Float8Vectors:
+    """`to_float8` of all vectors at once."""
     wide = x if x.dtype == torch.float64 else x.float()
     # Taken apart and put together as bits, because a device may round what it computes as a power or a logarithm.
     bits = wide.abs().amax(-1).float().view(torch.int32)

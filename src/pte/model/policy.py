@@ -131,6 +131,21 @@ class BoundedPolicy:
         return self.eviction.segments_per_stretch(self.schedule.window_tokens, self.schedule.evict_tokens)
 
 
+def check_no_autocast(policy: BoundedPolicy) -> None:
+    """Refuses to walk where torch would choose other dtypes for a part of what is computed.
+
+    Raises:
+        ValueError: Autocast is on.
+    """
+    device = policy.device.type
+    if torch.is_autocast_enabled(device):
+        raise ValueError(
+            f"rollout and replay must compute in the base's own dtype, {policy.dtype}, got autocast to "
+            f"{torch.get_autocast_dtype(device)}; leave torch.autocast, or run them under "
+            f"torch.autocast({device!r}, enabled=False)"
+        )
+
+
 def layer_sizes(base: PreTrainedModel) -> LayerSizes:
     """Sizes of the base that an adapter is made for."""
     layers = base.get_decoder().layers

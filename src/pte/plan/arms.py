@@ -42,9 +42,11 @@ class ArmPlan:
         rollout: At its peak, beyond what lies there for the whole of a run.
         update: Likewise.
         fits: Both phases fit, and what waits in host memory.
+        fits_recomputed: They would with gradient checkpointing.
         weights_fit: What lies there for the whole of a run leaves any room at all.
         largest_slots: Sequences that can be sampled at once; 0 where not even one fits.
         largest_micro_batch: Sequences of a step that can be replayed at once; 0 where not even one fits.
+        largest_recomputed: The same with gradient checkpointing.
         longest_completion: With slots and micro-batch as asked, up to the trained positions; 0 where none fits.
         time: At the roofline; None without rates, and where the arm does not fit.
     """
@@ -54,9 +56,11 @@ class ArmPlan:
     rollout: PhaseMemory
     update: PhaseMemory
     fits: bool
+    fits_recomputed: bool
     weights_fit: bool
     largest_slots: int
     largest_micro_batch: int
+    largest_recomputed: int
     longest_completion: int
     time: StepTime | None
 
@@ -123,6 +127,7 @@ def planned_work(config: ExperimentConfig, *, prompt_tokens: int) -> Workload:
         gradient_mode=train.gradient_mode,
         horizon=train.horizon,
         reference=train.reference if train.kl_beta > 0 else None,
+        gradient_checkpointing=train.gradient_checkpointing,
     )
 
 
@@ -165,7 +170,9 @@ def plan_arms(config: ExperimentConfig, sizes: ModelSizes, machine: Machine, *, 
 
 def arm_plan(name: ArmName, policy: PlannedPolicy, work: Workload, machine: Machine) -> ArmPlan:
     """One arm on a machine."""
-    fits = rollout_fits(policy, work, machine) and update_fits(policy, work, machine)
+    recomputed = replace(work, gradient_checkpointing=True)
+    sampled = rollout_fits(policy, work, machine)
+    fits = sampled and update_fits(policy, work, machine)
     positions = max(policy.sizes.max_positions, work.prompt_tokens + work.completion_tokens)
 
     def slots_fit(count: int) -> bool:
@@ -175,8 +182,8 @@ def arm_plan(name: ArmName, policy: PlannedPolicy, work: Workload, machine: Mach
         longer = replace(work, completion_tokens=tokens)
         return rollout_fits(policy, longer, machine) and update_fits(policy, longer, machine)
 
-    def micro_batch_fits(count: int) -> bool:
-        return update_fits(policy, replace(work, micro_batch=count), machine)
+    def largest_batch(asked: Workload) -> int:
+        return largest(lambda count: update_fits(policy, replace(asked, micro_batch=count), machine), asked.sequences)
 
     return ArmPlan(
         name=name,
@@ -184,9 +191,11 @@ def arm_plan(name: ArmName, policy: PlannedPolicy, work: Workload, machine: Mach
         rollout=rollout_memory(policy, work),
         update=update_memory(policy, work),
         fits=fits,
+        fits_recomputed=sampled and update_fits(policy, recomputed, machine),
         weights_fit=machine.taken(resident=sum(policy.resident.values()), phase=0) <= machine.device_bytes,
         largest_slots=largest(slots_fit, MOST_SLOTS),
-        largest_micro_batch=largest(micro_batch_fits, work.sequences),
+        largest_micro_batch=largest_batch(work),
+        largest_recomputed=largest_batch(recomputed),
         longest_completion=largest(completion_fits, positions - work.prompt_tokens),
         time=step_time(policy, work, machine) if fits else None,
     )

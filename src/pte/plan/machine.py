@@ -7,6 +7,7 @@ in float32, no sparsity), and what of a GPU's memory is left to tensors. Measure
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -113,17 +114,22 @@ def planned_machine(
         flops: Operations of its matrix products in a second; unset for its data sheet's.
 
     Raises:
-        ValueError: No memory is given, a size cannot be read, or a rate is not above 0.
+        ValueError: No memory is given, a size cannot be read, a rate is not above 0, or it is given without a GPU.
     """
     for name, rate in (("bandwidth", bandwidth), ("flops", flops)):
-        if rate is not None and rate <= 0:
-            raise ValueError(f"{name} must be above 0, got {rate}; use for example 3e12")
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {rate}; use for example 3e12")
     host = None if host_memory is None else memory_bytes("host_memory", host_memory)
     if gpu is None and gpu_memory is None:
         if host is None:
             raise ValueError(
                 "gpu_memory must say what there is, got none; use for example --gpu-memory 80GB, --gpu h100, or "
                 "--host-memory 32GB for a run on the CPU"
+            )
+        if bandwidth is not None or flops is not None:
+            raise ValueError(
+                f"bandwidth and flops must be left out without a GPU, for which alone times are planned, got "
+                f"{bandwidth} and {flops}; drop them, or say --gpu-memory"
             )
         return Machine(False, host, None, None, "")
     size = None if gpu_memory is None else memory_bytes("gpu_memory", gpu_memory)

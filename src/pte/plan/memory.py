@@ -160,6 +160,7 @@ class Workload:
         gradient_mode: Of the replay.
         horizon: Evictions that gradients go through; read in mode `horizon` alone.
         reference: Cache of the frozen base in the KL term; None where there is no such term.
+        gradient_checkpointing: Layers are computed again under a window, too.
     """
 
     prompt_tokens: int
@@ -171,6 +172,7 @@ class Workload:
     gradient_mode: Literal["chain", "horizon", "exact"]
     horizon: int
     reference: Literal["full", "bounded"] | None
+    gradient_checkpointing: bool
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ numbers, so that its parameters are counted by the library's own code and not by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ BUILT_IN = {
     "r1-distill-llama-8b": "8b",
 }
 """Names of the shapes that need no configuration file."""
+TRAINED_POSITIONS = {"3b": 32_768, "7b": 32_768, "8b": 131_072}
+"""Of these shapes' instruction-tuned models, as their config.json says; a benchmark's shapes allow more."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def model_sizes(path: str, *, trust_remote_code: bool = False) -> ModelSizes:
         FileNotFoundError: There is no configuration.
     """
     if path.lower() in BUILT_IN:
-        return ModelSizes.of(model_config(SHAPES[BUILT_IN[path.lower()]]))
+        name = BUILT_IN[path.lower()]
+        return replace(ModelSizes.of(model_config(SHAPES[name])), max_positions=TRAINED_POSITIONS[name])
     where = str(embedded_model_dir()) if path == "embedded" else path
     remedy = f"check the path, or offline use one of {', '.join(BUILT_IN)}"
     rule = "model.path must name a directory with a config.json, or a model on the hub"

@@ -126,11 +126,17 @@ def sentences(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
                 f"{size_text(plan.resident_bytes)} of {size_text(machine.device_bytes)}; use a smaller base, "
                 f"--dtype bfloat16 or a larger device"
             )
+        elif not plan.fits and plan.fits_recomputed:
+            said.append(
+                f"{plan.name} fits with --gradient-checkpointing, which computes each layer of the update twice"
+                + (f", or with --micro-batch {plan.largest_micro_batch}" if plan.largest_micro_batch else "")
+            )
         elif not plan.fits:
             said.append(
                 f"{plan.name} does not fit: use --slots {max(plan.largest_slots, 1)} or less for the rollout and "
                 f"--micro-batch {max(plan.largest_micro_batch, 1)} or less for the update"
-                + ("" if plan.largest_slots and plan.largest_micro_batch else ", and lower --completion or --window")
+                + recomputed_instead(plan)
+                + ("" if plan.largest_slots and plan.largest_recomputed else ", and lower --completion or --window")
             )
     if machine.cuda:
         said.append(
@@ -145,6 +151,12 @@ def sentences(plans: Sequence[ArmPlan], machine: Machine) -> list[str]:
     return said
 
 
+def recomputed_instead(plan: ArmPlan) -> str:
+    """How many more sequences an update takes with gradient checkpointing, where it is more."""
+    more = plan.largest_recomputed
+    return f" (--gradient-checkpointing: {more})" if more > plan.largest_micro_batch else ""
+
+
 def as_json(plans: Sequence[ArmPlan], machine: Machine) -> dict[str, object]:
     """The plan by arm, bytes and seconds."""
     arms = {}
@@ -154,6 +166,8 @@ def as_json(plans: Sequence[ArmPlan], machine: Machine) -> dict[str, object]:
             "fits": plan.fits,
             "largest_slots": plan.largest_slots,
             "largest_micro_batch": plan.largest_micro_batch,
+            "fits_with_gradient_checkpointing": plan.fits_recomputed,
+            "largest_micro_batch_with_gradient_checkpointing": plan.largest_recomputed,
             "longest_completion_tokens": plan.longest_completion,
             "rollout_bytes": rollout,
             "update_bytes": update,

@@ -1,10 +1,9 @@
-"""What an update holds: the graph of one stretch, the head's chunk, gradients, and what waits between stretches.
+"""What an update holds: the graph of one stretch, gradients, and what waits between stretches.
 
 Decides: which moments compete for the peak of a backward walk (`Replay.walk_backward`; `walk_exact` for a full
-cache): the graph of the first stretch (prompt and window), of a later one (a window of tokens over the cache), and
-the KL term's reference. A graph is widest when the backward pass begins at the head or in the last layer's MLP, since
-it is freed as the pass goes on. Folding again what was evicted needs less: keys are narrower than an MLP.
-Each line follows the code that it names; nothing here is measured.
+cache): those of the first stretch (prompt and window), of a later one (a window of tokens over the cache), and the KL
+term's reference. What a stretch holds is in `stretch_memory.py`. Folding again what was evicted needs less: keys are
+narrower than an MLP. Each line follows the code that it names; nothing here is measured.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pte.method.adapter import INPUT_GROUPS
 from pte.method.cache import analytic_bytes
-from pte.plan.memory import FLOAT32_BYTES, PhaseMemory, Row
+from pte.plan.memory import PhaseMemory, Row
+from pte.plan.stretch_memory import head_bytes, joined, stretch_moments
 from pte.rollout.gradients import KEPT_BYTES_FRACTION
-from pte.rollout.scores import LOGITS_PER_CHUNK
 
 if TYPE_CHECKING:
     from pte.plan.memory import PlannedPolicy, Workload
+    from pte.plan.stretch_memory import Moment
 
 BATCH_BYTES = 60
 """Of a completion token in a replayed batch: ids, masks, log-probs recorded, found and of the loss, entropies."""
@@ -43,19 +42,15 @@ def update_memory(policy: PlannedPolicy, work: Workload) -> PhaseMemory:
     rows = min(work.micro_batch, work.sequences)
     # Gradients of earlier micro-batches lie on the parameters while the next one is walked.
     earlier = policy.adapter_bytes if work.sequences > rows else 0
-    common: dict[Row, int] = {
+    common: Moment = {
         "adapter": policy.working_bytes,
         "gradients": earlier,
         "records": rows * work.completion_tokens * BATCH_BYTES,
     }
     moments = full_walk(policy, work, rows) if policy.schedule.is_full else bounded_walk(policy, work, rows)
-    widest = max(moments, key=lambda moment: sum(moment.values()))
-    for name, size in common.items():
-        widest[name] = widest.get(name, 0) + size
     if work.reference is not None:
-        reference = reference_walk(policy, work, rows)
-        if sum(reference.values()) + sum(common.values()) > sum(widest.values()):
-            widest = {**common, **reference}
+        moments.append(reference_walk(policy, work, rows))
+    widest = joined(max(moments, key=lambda moment: sum(moment.values())), common)
     later = later_stretches(policy, work)
     host: dict[Row, int] = {}
     if policy.cuda and later:
@@ -63,7 +58,7 @@ def update_memory(policy: PlannedPolicy, work: Workload) -> PhaseMemory:
     return PhaseMemory(widest, host)
 
 
-def bounded_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[dict[Row, int]]:
+def bounded_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[Moment]:
     """The moments of a walk under a window: in its first stretch, and in those of the later ones that can be widest."""
     window, entered = policy.schedule.window_tokens, max(work.completion_tokens - 1, 0)
     assert window is not None
@@ -77,19 +72,26 @@ def bounded_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[dict[
             window_slots=first,
             dtype=policy.dtype,
         )
-    graph = stretch_graph(policy, rows, tokens=work.prompt_tokens + first, scored=first + 1)
     # States as they are folded and as they are read.
-    moments = [{**graph, "slots": slots, "states": 2 * rows * policy.state_bytes}]
-    # The second brings a second set of gradients, the last of a group the most that stays on the device.
+    kept: Moment = {"slots": slots, "states": 2 * rows * policy.state_bytes}
+    graphs = stretch_moments(
+        policy,
+        rows,
+        tokens=work.prompt_tokens + first,
+        scored=first + 1,
+        recomputed=work.gradient_checkpointing,
+    )
+    moments = [joined(graph, kept) for graph in graphs]
+    # The last of a group has the most that stays on the device.
     group = group_stretches(policy)
-    for index in sorted({1, 2, min(later, group), later - later % group, later - 1, later}):
+    for index in sorted({1, min(later, group), later - later % group, later - 1, later}):
         if 1 <= index <= later:
-            moments.append({**later_moment(policy, work, rows, index=index), "slots": slots})
+            moments += [joined(one, {"slots": slots}) for one in later_moments(policy, work, rows, index=index)]
     return moments
 
 
-def later_moment(policy: PlannedPolicy, work: Workload, rows: int, *, index: int) -> dict[Row, int]:
-    """The widest moment of a stretch over the cache.
+def later_moments(policy: PlannedPolicy, work: Workload, rows: int, *, index: int) -> list[Moment]:
+    """The moments of a stretch over the cache.
 
     Args:
         policy: What is trained.
@@ -102,116 +104,40 @@ def later_moment(policy: PlannedPolicy, work: Workload, rows: int, *, index: int
     entering = work.completion_tokens - 1 - window - (index - 1) * policy.segments_per_stretch * block
     segments = min(policy.segments_per_stretch, math.ceil(entering / block))
     tokens = segments * block
-    graph = stretch_graph(
+    graphs = stretch_moments(
         policy,
         rows,
         tokens=tokens,
         scored=min(tokens, entering),
         attended=work.prompt_tokens + window + tokens,
+        recomputed=work.gradient_checkpointing,
     )
     before = stretches_kept(policy, work, index)
     span_bytes = policy.segments_per_stretch * block * policy.token_bytes
     waiting = 0 if policy.cuda else waiting_bytes(policy, work, rows, index=index)
-    return {
-        **graph,
-        # The sum so far; from the third stretch on, what the stretch before added is still held beside it.
-        "gradients": min(index, 2) * policy.adapter_bytes,
+    kept: Moment = {
+        # The sum of those before.
+        "gradients": policy.adapter_bytes,
         "states": rows * policy.state_bytes * (1 + 2 * segments) + kept_states(policy, work, rows, index=index),
         "evicted": rows * (tokens * policy.token_bytes + before * span_bytes) + waiting,
     }
+    return [joined(graph, kept) for graph in graphs]
 
 
-def full_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[dict[Row, int]]:
-    """The moments of a walk under a full cache: the head, the last layer's graph, the first layer's.
-
-    Every layer's input is kept until its graph has been made and freed again; gradients come as inputs go.
-    """
-    sizes, itemsize = policy.sizes, policy.dtype.itemsize
-    tokens = rows * (work.prompt_tokens + max(work.completion_tokens - 1, 0))
-    stream = tokens * sizes.hidden_size
-    inputs, keys = sizes.layers * stream * itemsize, tokens * policy.token_bytes
-    final = stream * (FLOAT32_BYTES + 2 * itemsize)
-    head = head_bytes(policy, rows * work.completion_tokens)
-    graph = tokens * (layer_token_bytes(policy, cached=False) + 2 * sizes.intermediate_size * itemsize)
-    layer = graph + stream * itemsize
-    states = 4 * rows * policy.state_bytes
-    return [
-        # Keys and values of all layers are stacked once, before the head and before any layer is computed again.
-        {
-            "activations": inputs + keys + max(keys, final),
-            "LM head": max(0, head - max(0, keys - final)),
-            "states": states,
-        },
-        {"activations": inputs + keys + layer, "states": states},
-        {"activations": keys + layer, "states": states, "gradients": policy.adapter_bytes},
-    ]
+def full_walk(policy: PlannedPolicy, work: Workload, rows: int) -> list[Moment]:
+    """The moments of a walk under a full cache, whose one stretch is as long as the completion."""
+    entered = max(work.completion_tokens - 1, 0)
+    moments = stretch_moments(
+        policy,
+        rows,
+        tokens=work.prompt_tokens + entered,
+        scored=work.completion_tokens,
+        recomputed=True,
+    )
+    return [joined(moment, {"states": 4 * rows * policy.state_bytes}) for moment in moments]
 
 
-def stretch_graph(
-    policy: PlannedPolicy,
-    rows: int,
-    *,
-    tokens: int,
-    scored: int,
-    attended: int = 0,
-) -> dict[Row, int]:
-    """The graph of a stretch when its backward begins.
-
-    Args:
-        policy: What is trained.
-        rows: Sequences.
-        tokens: Of the stretch, per sequence.
-        scored: Tokens of the stretch that are scored, per sequence.
-        attended: Keys that are attended to, the stretch's own included; 0 where nothing is cached.
-    """
-    sizes, itemsize = policy.sizes, policy.dtype.itemsize
-    cached = attended > 0
-    saved = sizes.layers * rows * tokens * layer_token_bytes(policy, cached=cached)
-    # The first norm's input needs no gradient; the last norm keeps its own.
-    final = rows * tokens * sizes.hidden_size * 2 * itemsize
-    if cached:
-        # Keys and values with the cache's before them, and the mask of every query head of a key head.
-        group = sizes.heads // sizes.kv_heads
-        masks = rows * tokens * attended * itemsize * (1 + (sizes.layers * group if group > 1 else 0))
-        saved += masks + rows * attended * policy.token_bytes
-    keys = rows * tokens * policy.token_bytes
-    mlp = rows * tokens * 2 * sizes.intermediate_size * itemsize
-    head = head_bytes(policy, rows * scored)
-    return {
-        "activations": saved + final + keys + max(keys, mlp),
-        "LM head": max(0, head - max(keys, mlp)),
-    }
-
-
-def layer_token_bytes(policy: PlannedPolicy, *, cached: bool) -> int:
-    """What one layer keeps of one token for its backward.
-
-    The residual stream in float32 for each norm; the input of every adapted group; queries, attention's output (again,
-    in the order of the output map, over a cache), keys and values (repeated over their group without a cache, joined
-    to the cache's otherwise, and counted there); gate, activated gate, up and their product; B x and S B x.
-    """
-    sizes, itemsize = policy.sizes, policy.dtype.itemsize
-    hidden, query, kv, mlp = sizes.hidden_size, sizes.query_dim, sizes.kv_dim, sizes.intermediate_size
-    adapted = [any(name in policy.targets for name in names) for names in INPUT_GROUPS]
-    attention_in, attention_out, mlp_in, mlp_out = adapted
-    numbers = hidden * (attention_in + mlp_in) + 3 * mlp + mlp * mlp_out + 2 * query
-    if cached:
-        numbers += query * attention_out
-    else:
-        numbers += 2 * (query if sizes.heads > sizes.kv_heads else kv)
-    low = len(policy.targets) * policy.rank * (itemsize + (FLOAT32_BYTES if policy.has_state else 0))
-    norms = 2 * hidden + (query + kv if sizes.head_norms else 0)
-    return numbers * itemsize + low + (norms + sizes.heads) * FLOAT32_BYTES
-
-
-def head_bytes(policy: PlannedPolicy, scored: int) -> int:
-    """The widest moment of one chunk of logits (`score`): log-probs, their gradient, and the logits'."""
-    chunk = min(scored, max(1, LOGITS_PER_CHUNK // policy.sizes.vocab))
-    narrow = policy.dtype.itemsize if policy.dtype.itemsize < FLOAT32_BYTES else 0
-    return chunk * policy.sizes.vocab * (3 * FLOAT32_BYTES + narrow)
-
-
-def reference_walk(policy: PlannedPolicy, work: Workload, rows: int) -> dict[Row, int]:
+def reference_walk(policy: PlannedPolicy, work: Workload, rows: int) -> Moment:
     """The frozen base's log-probs of a micro-batch, without a graph; its longest stretch is the first."""
     sizes, itemsize = policy.sizes, policy.dtype.itemsize
     entered = max(work.completion_tokens - 1, 0)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pte.model.load import check_positions
+from pte.model.policy import check_no_autocast
 from pte.model.segment import adapter_weights, first_state
 from pte.rollout.admit import admit_sequences
 from pte.rollout.buffers import DecodeBuffers
@@ -154,10 +155,11 @@ class RolloutEngine:
             own_temperatures: Whether requests have temperatures of their own.
 
         Raises:
-            ValueError: The longest prompt plus max_new_tokens exceeds the trained positions.
+            ValueError: The longest prompt plus max_new_tokens exceeds the trained positions, or autocast is on.
             RuntimeError: It is open already.
         """
         policy = self.policy
+        check_no_autocast(policy)
         check_positions(
             policy.base.config,
             prompt_tokens=prompt_slots,
@@ -319,8 +321,11 @@ class RolloutEngine:
         """Looks at what was drawn, hands new tokens and whole rollouts over, and frees the rows that have stopped."""
         seen = look(self.buffers, self.running, stop_token_ids=self.stop_token_ids)
         if self.on_tokens is not None:
+            rows = {one.sequence.order: one.row for one in seen}
             for tokens in new_tokens(self.buffers, seen):
-                self.on_tokens(tokens)
+                # An earlier call may have cancelled this one.
+                if self.running[rows[tokens.order]] is not None:
+                    self.on_tokens(tokens)
         whole = [one for one in seen if one.ended and self.running[one.row] is one.sequence]
         if not whole:
             return

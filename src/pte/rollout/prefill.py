@@ -106,9 +106,7 @@ class PromptReader:
         )
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
         logits = policy.base.get_output_embeddings()(last)
-        layers = range(len(attention.new_keys))
-        keys = torch.stack([attention.new_keys[layer] for layer in layers])
-        values = torch.stack([attention.new_values[layer] for layer in layers])
+        keys, values = attention.take()
         for index, prompt in enumerate(prompts):
             end = len(prompt)
             # Copies: a view of one prompt that waits would keep the whole batch.

@@ -11,6 +11,8 @@ that learns) the forward pass does not walk at all. Gradient modes:
 - `exact`: through everything in one walk, memory grows with the completion. A full cache, which evicts nothing, is
   walked like this in every mode: one stretch, whose layers are computed again one by one, linear in its tokens.
 
+With `gradient_checkpointing` the layers of every stretch are computed again like this in all modes.
+
 Paper: "gradients need not go back through the full-cache rollout". Ours: which gradients are kept, as named above.
 """
 
@@ -45,13 +47,22 @@ class Replay(nn.Module):
         policy: The same policy that made the rollouts.
         gradient_mode: `chain`, `horizon` or `exact`.
         horizon: Evictions that gradients go through; only with mode `horizon`, at least 1.
+        gradient_checkpointing: A backward pass computes the layers of a stretch again, one by one. For updates that do
+            not fit: of a stretch the graph of one layer is alive at once, beside the inputs of all, in place of the
+            graphs of all layers. It costs one more forward of each stretch and changes no number: the gradients are
+            the same, bit for bit on a CPU. A full cache is always walked like this.
 
     Raises:
         ValueError: A horizon without the mode, or the mode without a horizon of at least 1.
     """
 
     def __init__(
-        self, policy: BoundedPolicy, *, gradient_mode: GradientMode = "chain", horizon: int | None = None
+        self,
+        policy: BoundedPolicy,
+        *,
+        gradient_mode: GradientMode = "chain",
+        horizon: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if (gradient_mode == "horizon") != (horizon is not None) or (horizon is not None and horizon < 1):
@@ -63,6 +74,7 @@ class Replay(nn.Module):
         self.adapter = policy.adapter
         self.gradient_mode: GradientMode = gradient_mode
         self.horizon = horizon
+        self.gradient_checkpointing = gradient_checkpointing
 
     @timed("forward")
     def forward(self, batch: ReplayBatch, *, recorded: Float[Tensor, "batch completion"] | None = None) -> ReplayOutput:
@@ -132,7 +144,10 @@ class Replay(nn.Module):
     def walk_exact(
         self, batch: ReplayBatch
     ) -> tuple[Float[Tensor, "batch completion"], Float[Tensor, "batch completion"]]:
-        """The walk with gradients through everything; a stretch's activations are computed again in the backward."""
+        """The walk with gradients through everything; a stretch's activations are computed again in the backward.
+
+        Under a full cache, and with `gradient_checkpointing`, a layer at a time.
+        """
         walk = Walk(self.policy, batch)
         logprobs, entropies = blank_scores(self.policy, batch), blank_scores(self.policy, batch)
         full = self.policy.schedule.is_full
@@ -148,7 +163,7 @@ class Replay(nn.Module):
                     cache_keys=keys,
                     cache_values=values,
                     states=states,
-                    recompute_layers=full,
+                    recompute_layers=full or self.gradient_checkpointing,
                 )
                 return (*self.scores(start.inputs, hidden, temperature=batch.temperature), *added)
 
@@ -193,18 +208,22 @@ class Replay(nn.Module):
                     cache_keys=walk.cache.keys,
                     cache_values=walk.cache.values,
                     states=leaves[0] if leaves else states,
+                    recompute_layers=self.gradient_checkpointing,
                 )
                 chosen, entropy = self.scores(
                     start.inputs, hidden, temperature=batch.temperature, with_entropy=walked is not None
                 )
                 wanted = grad_logprobs.reshape(-1)[places].to(chosen.dtype)
                 found = torch.autograd.grad(chosen, [*leaves, *parameters], wanted, allow_unused=True)
-            collected.add(found[len(leaves) :])
+            of_states, of_parameters = found[: len(leaves)], found[len(leaves) :]
+            collected.add(of_parameters)
             logprobs.view(-1)[places], entropies.view(-1)[places] = chosen.detach(), entropy
             walk.store(start, keys=keys.detach(), values=values.detach())
-            del hidden, keys, values, chosen
+            # The next stretch is walked beside the sum of the gradients alone, not beside this stretch's as well.
+            del hidden, keys, values, chosen, found, of_parameters
             if through is not None:
-                through.add(start, found[0])
+                through.add(start, *of_states)
+            del of_states
         if through is not None:
             through.finish()
         if walked is not None:

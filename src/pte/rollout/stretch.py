@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from pte.method.attention import StretchAttention
 from pte.model.segment import adapter_weights, read_state, run_layers
 
@@ -75,7 +73,7 @@ def run_stretch(
         cache_keys: Cache slots at the start of the stretch.
         cache_values: Likewise.
         states: Running state of every segment, or None.
-        recompute_layers: A backward pass computes each layer again.
+        recompute_layers: A backward pass computes each layer again, so that of a layer only its input is kept.
     """
     first = inputs.mask is None
     attention = StretchAttention(
@@ -95,12 +93,5 @@ def run_stretch(
         weights=adapter_weights(policy),
         recompute=recompute_layers,
     )
-    # A layer that a backward pass computes again is not observed again.
-    attention.observer = None
-    layers = range(policy.cache_shape.layers)
     sequences = inputs.token_ids.shape[0] // inputs.segments
-    return (
-        hidden.reshape(sequences, -1, hidden.shape[-1]),
-        torch.stack([attention.new_keys[layer] for layer in layers]),
-        torch.stack([attention.new_values[layer] for layer in layers]),
-    )
+    return hidden.reshape(sequences, -1, hidden.shape[-1]), *attention.take()

@@ -17,6 +17,7 @@ import torch
 
 from pte.method.attention import stretch_mask
 from pte.method.cache import BoundedCache, EvictedTokens
+from pte.model.policy import check_no_autocast
 from pte.model.segment import first_state, fold_blocks
 from pte.rollout.choices import EvictionChoices, note_attention
 from pte.rollout.stretch import StretchInputs
@@ -55,9 +56,13 @@ class Walk:
     Args:
         policy: The bounded policy.
         batch: Sorted by completion length, longest first.
+
+    Raises:
+        ValueError: Autocast is on.
     """
 
     def __init__(self, policy: BoundedPolicy, batch: ReplayBatch) -> None:
+        check_no_autocast(policy)
         self.policy = policy
         self.batch = batch
         self.lengths: list[int] = batch.completion_lengths.tolist()

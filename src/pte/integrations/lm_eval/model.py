@@ -9,6 +9,7 @@ Does not know: tasks, how arguments are read (`arguments`), how completions are 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -82,7 +83,7 @@ class BoundedLM(TemplateLM):
         self.session = open_session(self.config, task_of=without_problems)
         self.tokenizer: PreTrainedTokenizerBase = self.session.task.tokenizer  # type: ignore[assignment]
         self._device = self.session.policy.device
-        self.in_chat_format = False
+        self.chats: list[str] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -120,7 +121,6 @@ class BoundedLM(TemplateLM):
                 f"--apply_chat_template needs a chat template in the tokenizer of {self.config.model.path!r}, got "
                 f"none; leave it out"
             )
-        self.in_chat_format = True
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -128,7 +128,22 @@ class BoundedLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
         assert isinstance(text, str)
+        self.note_chat(text.rstrip())
         return text
+
+    def note_chat(self, text: str) -> None:
+        """Notes what the template has written; `chats` stays sorted, and none of them begins with another."""
+        if not text or self.is_chat(text):
+            return
+        place = bisect_left(self.chats, text)
+        while place < len(self.chats) and self.chats[place].startswith(text):
+            del self.chats[place]
+        self.chats.insert(place, text)
+
+    def is_chat(self, string: str) -> bool:
+        """True for a text that begins with one that the template has written, but for white space at its end."""
+        place = bisect_right(self.chats, string)
+        return place > 0 and string.startswith(self.chats[place - 1])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: object) -> list[int]:
         """Token ids of a text; special tokens are added where it does not bring its own.
@@ -144,7 +159,7 @@ class BoundedLM(TemplateLM):
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             begun = isinstance(begin, str) and bool(begin) and string.startswith(begin)
-            add_special_tokens = not (self.in_chat_format or begun)
+            add_special_tokens = not (self.is_chat(string) or begun)
         try:
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         except Exception as error:  # tokenizers raises nothing narrower
