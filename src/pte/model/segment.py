@@ -196,12 +196,13 @@ def global_keys_values(
 ) -> tuple[Float[Tensor, "tokens kv_dim"], Float[Tensor, "tokens kv_dim"]]:
     """k_g and v_g in one layer: the frozen maps' projections of the global tokens, before any rotation."""
     key_map, value_map = linear_of(layer, "k_proj"), linear_of(layer, "v_proj")
-    key = key_map(tokens)
+    # Past the modules' hooks: those of a FLOP counter refuse parameters as inputs inside a backward pass.
+    key = key_map.forward(tokens)
     attention = layer.get_submodule("self_attn")
     if hasattr(attention, "k_norm"):
         heads = key.unflatten(-1, (-1, attention.head_dim))
         key = attention.get_submodule("k_norm")(heads).flatten(-2)
-    return key, value_map(tokens)
+    return key, value_map.forward(tokens)
 
 
 @timed("fold")
