@@ -12,6 +12,8 @@ from pte.rollout.replay import Replay
 from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
+pytestmark = pytest.mark.system
+
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
 RANKED = ["h2o", "scissorhands", "tova", "snapkv", "rkv", "keydiff"]
 SAMPLED = ["thought", "paper rule", "lora", "no adapter", "random eviction", "sinks", "full cache", *RANKED]

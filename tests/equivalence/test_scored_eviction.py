@@ -26,6 +26,8 @@ from reference import Reference
 from sampled import SCORED, SETTINGS, gap, recorded, replay_of, replayed_windows, requests_for, sample
 from tiny import random_sequences, tiny_base, tiny_policy
 
+pytestmark = pytest.mark.system
+
 PROMPTS = [(5,), (6,) * 14, *random_sequences(5, prompt=(2, 9), seed=3)[0]]
 MODES = [("chain", None), ("horizon", 2), ("exact", None)]
 

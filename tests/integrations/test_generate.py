@@ -31,6 +31,8 @@ from sampled import sample
 from served import byte_tokenizer
 from tiny import ARCHITECTURES, tiny_base
 
+pytestmark = pytest.mark.system
+
 PAD, END = 0, 4
 PROMPTS = [(5,), (9, 6, 7, 5, 21, 8, 3), (11, 12, 28), (7, 7, 19, 3, 22)]
 TOKENS = 24
@@ -433,7 +435,6 @@ def test_a_saved_folder_generates_under_its_budget(tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(**call), expected)
 
 
-@pytest.mark.system
 def test_a_trained_reasoner_generates_what_its_base_does() -> None:
     path = embedded_model_dir()
     base, tokenizer = (
@@ -450,7 +451,6 @@ def test_a_trained_reasoner_generates_what_its_base_does() -> None:
     assert torch.equal(model.generate(**call), expected)
 
 
-@pytest.mark.system
 def test_the_documented_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

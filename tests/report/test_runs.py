@@ -17,6 +17,8 @@ from pte.report.runs import read_run
 from pte.report.sections import build_report, viewer_groups
 from synthetic_evidence import write_evidence
 
+pytestmark = pytest.mark.system
+
 GRPO = {
     "stage": "grpo",
     "reward": 0.5,

@@ -19,6 +19,8 @@ from reference import Reference
 from sampled import SETTINGS
 from tiny import VOCAB, random_sequences, tiny_policy
 
+pytestmark = pytest.mark.system
+
 RAGGED = (61, 3, 47, 1, 30, 13, 2, 62)
 
 

@@ -11,6 +11,8 @@ from reference import Reference
 from sampled import SETTINGS, requests_for, sample
 from tiny import random_sequences, tiny_policy
 
+pytestmark = pytest.mark.system
+
 PROMPTS, _ = random_sequences(3, seed=4)
 
 
