@@ -80,15 +80,12 @@ def asked_of_bash(line: str, folder: Path) -> list[str]:
         f"set -u\nsource <(cat)\nCOMP_WORDS=({' '.join(map(shlex.quote, words))})\nCOMP_CWORD={len(words) - 1}\n"
         '_pte pte\nfor offered in "${COMPREPLY[@]}"; do printf "%s\\n" "$offered"; done'
     )
-    done = subprocess.run(
-        ["bash", "--norc", "-c", program],
-        input=completion_script("bash"),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=True,
-        timeout=20,
-    )
+    return said(["bash", "--norc", "-c", program], script=completion_script("bash"), folder=folder)
+
+
+def said(words: list[str], *, script: str, folder: Path) -> list[str]:
+    """What a shell that reads a script prints in a folder, without a complaint."""
+    done = subprocess.run(words, input=script, capture_output=True, text=True, cwd=folder, check=True, timeout=20)
     assert done.stderr == ""
     return done.stdout.splitlines()
 
@@ -143,16 +140,8 @@ def test_behind_the_experiment_and_behind_a_switch_come_flags(folder: Path) -> N
 @pytest.mark.parametrize("line", [line for line in ASKED if "=" not in line and line != "pte doctor "])
 def test_fish_offers_the_same(line: str, folder: Path) -> None:
     program = f"source (cat | psub); complete -C {shlex.quote(line)}"
-    done = subprocess.run(
-        ["fish", "--no-config", "-c", program],
-        input=completion_script("fish"),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=True,
-        timeout=20,
-    )
-    offered = [said.split("\t")[0].rstrip("/") for said in done.stdout.splitlines()]
+    lines = said(["fish", "--no-config", "-c", program], script=completion_script("fish"), folder=folder)
+    offered = [line.split("\t")[0].rstrip("/") for line in lines]
     wanted = ASKED[line]
     if wanted is not None:
         assert set(wanted) <= set(offered)

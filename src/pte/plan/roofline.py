@@ -14,7 +14,7 @@ attention 4 heads head_dim layers an attended token forward and twice that backw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,50 +23,8 @@ from pte.method.float8 import FLOAT8
 
 if TYPE_CHECKING:
     from pte.method.schedule import EvictionSchedule
-
-
-class DecoderSizes(Protocol):
-    """Sizes that the arithmetic reads: of a shape written down, or of a configuration."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def intermediate_size(self) -> int:
-        """Width of the MLP."""
-        ...
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers."""
-        ...
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        ...
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads."""
-        ...
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers of one head."""
-        ...
-
-    @property
-    def kv_dim(self) -> int:
-        """Numbers of one token's keys in one layer."""
-        ...
-
-    @property
-    def vocab(self) -> int:
-        """Token ids."""
-        ...
+    from pte.plan.model_sizes import ModelSizes
+    from pte.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -88,11 +46,11 @@ class DecodeWork:
     attention_flops: int
 
     @classmethod
-    def of(cls, shape: DecoderSizes, dtype: torch.dtype, *, float8: bool = False) -> DecodeWork:
+    def of(cls, shape: ModelShape | ModelSizes, dtype: torch.dtype, *, float8: bool = False) -> DecodeWork:
         """The work of a shape.
 
         Args:
-            shape: Of the base.
+            shape: Of the base, written down or read from its configuration.
             dtype: Of weights, keys and values.
             float8: The linear maps of the layers, keys and values are float8 instead; the head is not.
         """

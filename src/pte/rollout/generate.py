@@ -124,11 +124,7 @@ class RolloutEngine:
         try:
             for request in requests:
                 self.submit(request)
-            self.refill()
-            while self.busy:
-                self.step()
-                self.refill()
-                self.compact()
+            self.drain()
             return [results[order] for order in range(len(requests))]
         finally:
             self.close()
@@ -239,6 +235,15 @@ class RolloutEngine:
         for waiting in [one for one in self.queue if one[0] == order]:
             self.queue.remove(waiting)
             self.reader.forget(waiting[1].prompt_ids)
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Completes every request that was submitted; rows that are no longer needed are dropped on the way."""
+        self.refill()
+        while self.busy:
+            self.step()
+            self.refill()
+            self.compact()
 
     @property
     def busy(self) -> bool:

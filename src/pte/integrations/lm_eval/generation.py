@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from pte.integrations.lm_eval.arguments import Sampling
 from pte.rollout.generate import RolloutEngine
 from pte.rollout.record import Rollout, RolloutRequest
@@ -92,7 +90,6 @@ def complete(
     return [texts[place] for place in range(len(wanted))]
 
 
-@torch.no_grad()
 def run(
     engine: RolloutEngine, session: Session, wanted: Sequence[Wanted], *, on_text: Callable[[int, str], None]
 ) -> None:
@@ -130,11 +127,7 @@ def run(
     try:
         for one in wanted:
             engine.submit(RolloutRequest(one.prompt_ids, one.stream_seed))
-        engine.refill()
-        while engine.busy:
-            engine.step()
-            engine.refill()
-            engine.compact()
+        engine.drain()
     finally:
         engine.close()
 
